@@ -1,0 +1,416 @@
+"""The composition root: a recipe becomes objects here, and only here."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoestring.cost.flops import training_flops_per_image
+from shoestring.cost.ledger import Ledger
+from shoestring.data.encode import EncodeSettings, encode
+from shoestring.data.loader import Loader
+from shoestring.data.sources import open_source
+from shoestring.data.store import MANIFEST, Store
+from shoestring.errors import CheckpointError, RecipeError, StoreError
+from shoestring.interfaces import Batch, Log
+from shoestring.models.autoencoders import load_autoencoder
+from shoestring.models.microdit import MicroDiT, load_strictly
+from shoestring.models.text_encoders import load_text_encoder
+from shoestring.objectives.edm import EDMObjective
+from shoestring.objectives.flow import FlowObjective
+from shoestring.pipelines.export import export
+from shoestring.pipelines.generate import generate, save_grid
+from shoestring.pipelines.load import load
+from shoestring.pipelines.microdit import MicroDiTPipeline
+from shoestring.recipes.load import changed_keys, dump, load_recipe
+from shoestring.recipes.schema import EdmObjective, Phase, Recipe, Scenes
+from shoestring.runtime import cpu_name, keyed_seed, pick_dtype, set_threads
+from shoestring.sampling.schedulers import make_scheduler
+from shoestring.storage import RunFolder, fingerprint, write_json, write_text
+from shoestring.training import checkpoint
+from shoestring.training.loop import LoopSettings, PhasePlan, Training, Turn
+from shoestring.training.optimizers import OptimizerSettings, lr_factor, make_optimizers
+from shoestring.training.tracking import (
+    Console,
+    JsonLines,
+    TensorBoard,
+    Tracker,
+    Trackers,
+    Wandb,
+    flops_text,
+)
+
+AnyObjective = EDMObjective | FlowObjective
+
+PREVIEWS = 8
+MEASURED_SECONDS = 2.0
+
+
+# --- data ------------------------------------------------------------------------------------------------
+
+
+def open_store(recipe: Recipe, *, device: torch.device, log: Log) -> Store:
+    """The recipe's store; scenes are made and encoded where they are not there yet.
+
+    Raises `StoreError` where it is missing or was made with other encoders or sizes than the recipe asks.
+    """
+    if recipe.data.scenes is None:
+        store = Store.open(str(recipe.data.store))
+    else:
+        store = _scenes_store(recipe, recipe.data.scenes, Path("stores"), device, log)
+    for size in sorted({phase.size for phase in recipe.phases}):
+        store.check(
+            size=size,
+            autoencoder=recipe.data.autoencoder,
+            text_encoder=recipe.data.text_encoder,
+            pad=recipe.data.pad,
+        )
+    return store
+
+
+def _scenes_store(
+    recipe: Recipe, scenes: Scenes, folder: Path, device: torch.device, log: Log
+) -> Store:
+    """The store of a recipe's scenes below `folder`, named by all that it depends on."""
+    data = recipe.data
+    source = open_source("scenes", scenes=scenes.model_dump())
+    settings = EncodeSettings(
+        autoencoder=data.autoencoder,
+        text_encoder=data.text_encoder,
+        sizes=(scenes.size,),
+        pad=data.pad,
+        max_tokens=data.max_tokens,
+    )
+    key = fingerprint([source.describe(), data.autoencoder, data.text_encoder, data.pad, data.max_tokens])
+    path = folder / f"scenes-{key}"
+    if not (path / MANIFEST).is_file():
+        log(f"Making {scenes.images:,} scenes of {scenes.size} px into {path}")
+    store = encode(source, path, settings, device=device, log=log)
+    assert store is not None, "one worker encodes every chunk"
+    return store
+
+
+# --- model and objective -------------------------------------------------------------------------------------
+
+
+def make_network(recipe: Recipe, store: Store, phase: Phase) -> MicroDiT:
+    """The recipe's network with fresh weights drawn from its seed, at a phase's resolution."""
+    channels, side, _ = store.latent_shape(phase.size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_seed(recipe.seed, "initialisation"))
+        return MicroDiT(
+            **recipe.model.model_dump(exclude={"kind"}),
+            in_channels=channels,
+            caption_channels=store.text_width,
+            sample_size=side,
+            pos_interp_scale=phase.position_scale,
+        )
+
+
+def make_objective(recipe: Recipe, network: MicroDiT) -> AnyObjective:
+    """The recipe's loss around a network, set to the first phase."""
+    kind: Callable[..., AnyObjective] = (
+        EDMObjective if isinstance(recipe.objective, EdmObjective) else FlowObjective
+    )
+    numbers = recipe.objective.model_dump(exclude={"kind"})
+    return kind(network, seed=recipe.seed, caption_drop=recipe.data.caption_drop, **numbers)
+
+
+def enter_phase(recipe: Recipe, phase: Phase, store: Store, objective: AnyObjective) -> None:
+    """Set resolution, mask and noise levels to a phase's."""
+    network: Any = objective.trained["transformer"]
+    network.register_to_config(
+        sample_size=store.latent_shape(phase.size)[1], pos_interp_scale=phase.position_scale
+    )
+    objective.mask = phase.mask
+    objective.set_numbers(**recipe.objective_in(phase).model_dump(exclude={"kind", "prediction"}))
+
+
+def load_weights(network: MicroDiT, path_or_id: str) -> None:
+    """Start from the transformer of a run or pipeline; raises `CheckpointError` where it does not fit."""
+    transformer = getattr(load(path_or_id), "transformer", None)
+    if transformer is None:
+        raise CheckpointError(f"init {path_or_id}: its pipeline has no transformer to start from.")
+    load_strictly(network, transformer.state_dict())
+
+
+def make_pipeline(recipe: Recipe, network: MicroDiT) -> MicroDiTPipeline:
+    """A pipeline around a network (shared, not copied) with the recipe's encoders and sampling settings."""
+    objective, data = recipe.objective, recipe.data
+    prediction = "edm" if isinstance(objective, EdmObjective) else objective.prediction
+    text = load_text_encoder(data.text_encoder, max_tokens=data.max_tokens, pad=data.pad)
+    scheduler = make_scheduler(
+        recipe.sampling.scheduler,
+        prediction=prediction,
+        sigma_data=getattr(objective, "sigma_data", None),
+    )
+    return MicroDiTPipeline(
+        transformer=network,
+        vae=load_autoencoder(data.autoencoder),
+        text_encoder=text.model,
+        tokenizer=text.tokenizer,
+        scheduler=scheduler,
+        prediction=prediction,
+        text_pad=data.pad,
+        max_tokens=data.max_tokens,
+        default_steps=recipe.sampling.steps,
+        default_guidance=recipe.sampling.guidance,
+    )
+
+
+# --- training --------------------------------------------------------------------------------------------
+
+
+def make_training(
+    recipe: Recipe,
+    run: RunFolder,
+    store: Store,
+    *,
+    device: torch.device,
+    resume: bool,
+    log: Log,
+) -> Training:
+    """A run ready to train: a new one in a fresh folder, or one that goes on from its newest checkpoint."""
+    check_claim(recipe, run, resume)
+    saved = _newest_checkpoint(run, log) if resume else None
+    images = saved.state["progress"]["images"] if saved else 0
+    network = make_network(recipe, store, recipe.phases[0])
+    if recipe.init and not saved:
+        load_weights(network, recipe.init)
+    objective = make_objective(recipe, network.to(device))
+    if recipe.train.compile:
+        network.compile()
+    dtype = pick_dtype(recipe.train.dtype, device)
+    ledger = Ledger(
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        device=str(device),
+        threads=set_threads(recipe.train.threads),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+    )
+    if saved:
+        ledger.restore(saved.state["ledger"])
+    pipeline = make_pipeline(recipe, network).to(device)
+    train = recipe.train
+    training = Training(
+        turns=[Turn("denoiser", objective, make_optimizers(network, _optimizer_settings(recipe)))],
+        phases=plan_phases(recipe, store, objective, ledger),
+        run=run,
+        trackers=_trackers(recipe, run, images),
+        settings=LoopSettings(
+            device=device,
+            dtype=dtype,
+            **train.model_dump(
+                include={"microbatch", "spike", "log_every", "checkpoint_every", "keep", "preview_every"}
+            ),
+        ),
+        ledger=ledger,
+        on_checkpoint=lambda images: _keep(pipeline, ledger, run),
+        on_preview=lambda images: preview(recipe, pipeline, store, run, images),
+    )
+    if saved:
+        training.restore(saved)
+    write_text(run.recipe, dump(recipe))
+    return training
+
+
+def plan_phases(
+    recipe: Recipe, store: Store, objective: AnyObjective, ledger: Ledger
+) -> list[PhasePlan]:
+    """Each phase with its data, rate and cost."""
+    starts = itertools.accumulate((phase.images for phase in recipe.phases), initial=0)
+    return [
+        _plan_phase(recipe, phase, start, store, objective, ledger)
+        for phase, start in zip(recipe.phases, starts, strict=False)
+    ]
+
+
+def _plan_phase(
+    recipe: Recipe, phase: Phase, start: int, store: Store, objective: AnyObjective, ledger: Ledger
+) -> PhasePlan:
+    loader = Loader(store, size=phase.size, batch_size=phase.batch, seed=recipe.seed)
+
+    def batches(images: int) -> Iterator[Batch]:
+        return loader.batches(start + images, start + phase.images)
+
+    def lr(images: int) -> float:
+        return phase.lr * lr_factor(
+            phase.schedule, images, phase.images, phase.warmup, phase.final or 0.0
+        )
+
+    ema = recipe.ema_in(phase)
+    return PhasePlan(
+        name=phase.name,
+        images=phase.images,
+        enter=lambda: enter_phase(recipe, phase, store, objective),
+        batches=batches,
+        lr=lr,
+        cost=lambda: ledger.phase(phase.name, phase.size, phase.mask),
+        flops_per_image=phase_flops(recipe, phase, store),
+        grad_clip=recipe.grad_clip_in(phase),
+        ema_decays=ema.decays if ema else (),
+        ema_start=ema.start if ema else 0,
+    )
+
+
+def phase_flops(recipe: Recipe, phase: Phase, store: Store) -> float:
+    """Forward and backward operations of one image in a phase, counted on shapes alone."""
+    with torch.device("meta"):
+        objective = make_objective(recipe, make_network(recipe, store, phase))
+    enter_phase(recipe, phase, store, objective)
+    loader = Loader(store, size=phase.size, batch_size=8, seed=recipe.seed)
+    batches = loader.batches(0, 8)
+    try:
+        return training_flops_per_image(objective, next(batches))
+    finally:
+        batches.close()
+
+
+def measured_rates(recipe: Recipe, store: Store, device: torch.device) -> list[float]:
+    """Images a second of each phase on this machine, from a few seconds of real steps that are thrown away."""
+    rates = []
+    dtype = pick_dtype(recipe.train.dtype, device)
+    for phase in recipe.phases:
+        network = make_network(recipe, store, phase).to(device)
+        objective = make_objective(recipe, network)
+        ledger = Ledger("", "", 0, "", 0)
+        plan = _plan_phase(recipe, phase, 0, store, objective, ledger)
+        turn = Turn("denoiser", objective, make_optimizers(network, _optimizer_settings(recipe)))
+        nowhere = RunFolder(Path("."))
+        settings = LoopSettings(device, dtype, recipe.train.microbatch)
+        training = Training([turn], [plan], nowhere, Trackers([]), settings, ledger)
+        plan.enter()
+        images, started = 0, None
+        batches = plan.batches(0)
+        for number, batch in enumerate(batches):
+            training.step(plan, batch.to(device))
+            if number == 1:
+                started = time.perf_counter()
+            elif started is not None:
+                images += len(batch)
+                if time.perf_counter() - started > MEASURED_SECONDS:
+                    break
+        batches.close()
+        rates.append(images / (time.perf_counter() - (started or 0.0)))
+    return rates
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with every count of training images multiplied, phases rounded to whole batches."""
+
+    def times(images: int) -> int:
+        return max(1, round(images * factor))
+
+    phases = tuple(
+        phase.model_copy(
+            update={
+                "images": max(1, round(phase.images * factor / phase.batch)) * phase.batch,
+                "warmup": int(phase.warmup * factor),
+            }
+        )
+        for phase in recipe.phases
+    )
+    every = {
+        key: times(value)
+        for key in ("checkpoint_every", "preview_every")
+        if (value := getattr(recipe.train, key)) is not None
+    }
+    train = recipe.train.model_copy(update=every)
+    return Recipe.model_validate(recipe.model_copy(update={"phases": phases, "train": train}).model_dump())
+
+
+def preview(
+    recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, run: RunFolder, images: int
+) -> None:
+    """Pictures of the same prompts and seeds every time, as one PNG and a JSON of how they were made."""
+    prompts = list(recipe.train.preview_prompts or held_out_captions(store, PREVIEWS))
+    seeds = [keyed_seed(recipe.seed, "preview") + i for i in range(len(prompts))]
+    pictures = list(generate(pipeline, prompts, seeds))
+    path = run.previews / f"{images:09d}.png"
+    save_grid([picture.image for picture in pictures], path)
+    settings = {"steps": pictures[0].steps, "guidance": pictures[0].guidance, "seed": seeds[0]}
+    write_json(path.with_suffix(".json"), {"prompts": prompts, "images": images, **settings})
+
+
+def held_out_captions(store: Store, count: int) -> list[str]:
+    """The first captions of the first held-out split, or of the training images where nothing is held out."""
+    name = next((split for split in store.splits if split != "train"), "train")
+    split = store.splits[name]
+    rows = split.rows(torch.arange(min(count, len(split))).numpy())
+    return [store.captions(int(row))[0] for row in rows]
+
+
+def check_claim(recipe: Recipe, run: RunFolder, resume: bool) -> None:
+    """Raise where the run folder is taken, is not there to resume, or was begun with another recipe."""
+    if not run.recipe.is_file():
+        if resume:
+            raise CheckpointError(f"{run.root}: nothing to resume, there is no run. Leave --resume out.")
+        return
+    if not resume:
+        raise CheckpointError(
+            f"{run.root}: there is a run of this name already. Add --resume to go on with it, "
+            "or choose another --name."
+        )
+    if changed := changed_keys(load_recipe(run.recipe), recipe):
+        raise RecipeError(
+            f"{run.recipe}: the recipe has changed since the run began: {'; '.join(changed)}. Resume with the "
+            "same recipe, or start a new run with --name (and `--set init=...` for its weights)."
+        )
+
+
+def _newest_checkpoint(run: RunFolder, log: Log) -> checkpoint.Checkpoint | None:
+    saved = checkpoint.newest(run.checkpoints, log)
+    if saved is None:
+        log(f"{run.root}: no valid checkpoint yet; starting from the beginning.")
+    else:
+        log(f"Resuming {run.root} after {saved.state['progress']['images']:,} images.")
+    return saved
+
+
+def cost_lines(recipe: Recipe, device: torch.device) -> list[str]:
+    """What a run will train and what it costs, for people; scenes are tried out on a few rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        if recipe.data.scenes is None:
+            try:
+                store = open_store(recipe, device=device, log=lambda text: None)
+            except StoreError as error:
+                return [f"cost: unknown until the store is there. {error}"]
+        else:
+            few = recipe.data.scenes.model_copy(update={"images": 64, "held_out": 1})
+            store = _scenes_store(recipe, few, Path(folder), device, lambda text: None)
+        with torch.device("meta"):
+            network = make_network(recipe, store, recipe.phases[0])
+        lines = [f"parameters: {sum(p.numel() for p in network.parameters()):,}"]
+        total = 0.0
+        for phase in recipe.phases:
+            flops = phase_flops(recipe, phase, store)
+            total += flops * phase.images
+            lines.append(
+                f"phase {phase.name}: {phase.images:,} images of {phase.size} px, mask {phase.mask:g}: "
+                f"{flops_text(flops)} an image, {flops_text(flops * phase.images)}"
+            )
+    return [*lines, f"all phases: {recipe.images:,} images, {flops_text(total)}"]
+
+
+def _keep(pipeline: MicroDiTPipeline, ledger: Ledger, run: RunFolder) -> None:
+    export(pipeline, run.pipeline)
+    ledger.write(run.ledger)
+
+
+def _optimizer_settings(recipe: Recipe) -> OptimizerSettings:
+    return OptimizerSettings(**recipe.optimizer.model_dump())
+
+
+def _trackers(recipe: Recipe, run: RunFolder, images: int) -> Trackers:
+    trackers: list[Tracker] = [JsonLines(run.metrics, images), Console(recipe.images)]
+    for name in recipe.train.trackers:
+        tensorboard = name == "tensorboard"
+        folder = run.root / name
+        trackers.append(TensorBoard(folder, images) if tensorboard else Wandb(folder, recipe.name))
+    return Trackers(trackers)

@@ -1,0 +1,1 @@
+"""The command line: `main`, and one module a command, imported when that command is called."""

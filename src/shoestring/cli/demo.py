@@ -1,0 +1,87 @@
+"""`shoestring demo`: the whole path on a CPU in minutes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoestring.recipes.schema import Recipe
+
+INTERRUPTED = 130
+
+
+def demo(
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.05, help="Train for about so long: speed is measured, then images are fixed."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "cpu",
+) -> None:
+    """Make scenes, train a small MicroDiT with deferred masking, draw unseen prompts, score them, report.
+
+    A run that was stopped goes on; one that is finished is only measured again.
+    """
+    from shoestring import build
+    from shoestring.measure import measure_run
+    from shoestring.recipes.load import load_recipe
+    from shoestring.runtime import pick_device
+    from shoestring.storage import RunFolder
+    from shoestring.training.report import write_report
+
+    started = time.perf_counter()
+    chosen = pick_device(device)
+    run = RunFolder(runs / (name or (f"demo-{minutes:g}min" if minutes else "demo")))
+    resume = run.recipe.is_file()
+    if resume:
+        recipe = load_recipe(run.recipe)
+    else:
+        recipe = load_recipe("demo", [*(set_ or ()), f"name={run.root.name}"])
+        if minutes:
+            recipe = _fitted(recipe, minutes, chosen)
+    store = build.open_store(recipe, device=chosen, log=_say)
+    training = build.make_training(recipe, run, store, device=chosen, resume=resume, log=_say)
+    if training.finished:
+        _say(f"{run.root} is trained already; measuring it again. Remove the folder to train anew.")
+    elif not training.train():
+        _say(f"Stopped; a checkpoint is saved. Run the same command again to go on with {run.root}.")
+        raise typer.Exit(INTERRUPTED)
+    rows = measure_run(run, device=chosen, log=_say)
+    report = write_report(run)
+    score = {row["split"]: row for row in rows if (row["metric"], row["facet"]) == ("scene_accuracy", "all")}
+    unseen, pairs = score["unseen_scenes"], score["unseen_pairs"]
+    spent = (time.perf_counter() - started) / 60
+    typer.echo(
+        f"scene accuracy {unseen['value']:.3f} on {unseen['n']} pictures of unseen scenes "
+        f"({pairs['value']:.3f} of unseen pairs), {training.progress.images:,} images seen, "
+        f"{spent:.1f} minutes, report: {report}"
+    )
+
+
+def _fitted(recipe: Recipe, minutes: float, device: torch.device) -> Recipe:
+    """The recipe with its phases' images scaled so that training takes about `minutes` on this machine."""
+    from shoestring import build
+
+    store = build.open_store(recipe, device=device, log=_say)
+    rates = build.measured_rates(recipe, store, device)
+    seconds = sum(phase.images / rate for phase, rate in zip(recipe.phases, rates, strict=True))
+    fitted = build.scaled(recipe, minutes * 60 / seconds)
+    speeds = ", ".join(
+        f"{phase.name} {rate:.0f}" for phase, rate in zip(recipe.phases, rates, strict=True)
+    )
+    _say(f"Measured images/s: {speeds}. {minutes:g} minutes make {fitted.images:,} images.")
+    return fitted
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

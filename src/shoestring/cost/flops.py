@@ -1,0 +1,36 @@
+"""Floating-point operations of a training step, counted by torch while the objective runs on shapes alone."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shoestring.interfaces import Batch, Objective
+
+
+def training_flops_per_image(objective: Objective, batch: Batch) -> float:
+    """Forward and backward operations of one image (a multiply-add is 2), on the meta device.
+
+    `objective` must have its parameters on the meta device; only the shapes of `batch` matter. Counts matrix
+    products, convolutions and attention, as torch's `FlopCounterMode` does; not elementwise work.
+    """
+    shapes = batch.to(torch.device("meta"))
+    with FlopCounterMode(display=False) as counter:
+        objective(shapes).per_sample.mean().backward()
+    objective.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / len(batch)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
+    """Measured FLOP/s of a size x size matrix product on this machine: best of repeated runs."""
+    import time
+
+    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    best, stop = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

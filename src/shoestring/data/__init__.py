@@ -1,0 +1,1 @@
+"""From captioned images to batches: sources, scenes, the store, its order and the loader."""

@@ -1,0 +1,168 @@
+"""Sources that are tables: Parquet files, and data sets streamed from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoestring.data.rows import (
+    Row,
+    SequentialSource,
+    captions_of,
+    files_fingerprint,
+    pick_caption_columns,
+    pick_image_column,
+)
+from shoestring.errors import SourceError
+
+
+class ParquetSource(SequentialSource):
+    """Parquet files with a column of images (bytes, or {bytes, path}) and columns of captions."""
+
+    BATCH = 64  # rows turned into Python objects at a time
+
+    def __init__(
+        self, files: Sequence[Path], image_column: str | None, caption_columns: Sequence[str], spec: str
+    ) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        super().__init__(spec)
+        self.files, self._parquet = list(files), pq
+        self._starts: list[tuple[int, int, int]] = []  # (first row, file, row group)
+        total, schema = 0, pa.schema([])
+        for index, path in enumerate(self.files):
+            try:
+                file = pq.ParquetFile(path)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise SourceError(f"{path}: not a Parquet file that can be read ({error}).") from None
+            if index and not file.schema_arrow.equals(schema):
+                raise SourceError(f"{path}: its columns differ from those of {self.files[0].name}.")
+            schema = file.schema_arrow
+            for group in range(file.num_row_groups):
+                self._starts.append((total, index, group))
+                total += file.metadata.row_group(group).num_rows
+        self._end = total
+        columns = {each.name: str(each.type) for each in schema}
+        self.image_column = pick_image_column(columns, image_column, spec)
+        self.caption_columns = pick_caption_columns(
+            [name for name, kind in columns.items() if "string" in kind], caption_columns, spec
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "parquet",
+            "path": self.spec,
+            "rows": self.num_rows,
+            "files": files_fingerprint(None, self.files),
+            "columns": [self.image_column, *self.caption_columns],
+        }
+
+    def _base(self, start: int) -> int:
+        return max((first for first, _, _ in self._starts if first <= start), default=0)
+
+    def _records(self, base: int) -> Iterator[tuple[Any, int]]:
+        columns = [self.image_column, *self.caption_columns]
+        for first, index, group in self._starts:
+            if first >= base:
+                try:
+                    with self._parquet.ParquetFile(self.files[index]) as file:
+                        for batch in file.iter_batches(self.BATCH, row_groups=[group], columns=columns):
+                            yield from ((batch, row) for row in range(batch.num_rows))
+                except OSError as error:  # pyarrow's word for damaged pages as well
+                    raise SourceError(
+                        f"{self.files[index]}, row group {group}: damaged ({error})."
+                    ) from error
+
+    def _load(self, number: int, record: tuple[Any, int]) -> Row:
+        batch, row = record
+        values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+        root = self.files[0].parent
+        return _row_of(f"{number:09d}", values, self.image_column, self.caption_columns, root)
+
+
+class HubSource(SequentialSource):
+    """A streamed data set of `datasets`: nothing is downloaded before it is read."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        spec: str,
+        image_column: str | None = None,
+        caption_columns: Sequence[str] = (),
+        split: str = "train",
+    ) -> None:
+        import datasets
+
+        super().__init__(spec)
+        self.split = split
+        features = dataset.features
+        if features is None:
+            first: dict[str, Any] = next(iter(dataset), {})
+            kinds = {name: _kind_of(value) for name, value in first.items()}
+        else:
+            kinds = {name: str(feature) for name, feature in features.items()}
+        self.image_column = pick_image_column(kinds, image_column, spec)
+        strings = [name for name, kind in kinds.items() if "string" in kind and name != self.image_column]
+        self.caption_columns = pick_caption_columns(strings, caption_columns, spec)
+        self._dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
+
+    def describe(self) -> dict[str, Any]:
+        columns = [self.image_column, *self.caption_columns]
+        return {"kind": "hub", "path": self.spec, "split": self.split, "columns": columns}
+
+    def _base(self, start: int) -> int:
+        return self._at if self._iterator is not None and self._at <= start else start
+
+    def _records(self, base: int) -> Iterator[Any]:
+        return iter(self._dataset.skip(base) if base else self._dataset)
+
+    def _load(self, number: int, record: Any) -> Row:
+        return _row_of(f"{number:09d}", record, self.image_column, self.caption_columns, None)
+
+
+def open_hub(spec: str, image_column: str | None, caption_columns: Sequence[str], split: str) -> HubSource:
+    """Stream `owner/name` or `owner/name@revision` from the hub."""
+    import datasets
+
+    name, _, revision = spec.partition("@")
+    try:
+        dataset = datasets.load_dataset(name, split=split, streaming=True, revision=revision or None)
+    except Exception as error:  # the hub client raises many kinds, from connection to repository errors
+        reason = str(error).strip().split("\n")[0]
+        raise SourceError(
+            f"{spec}: no such file or folder, and as a hub data set it cannot be opened "
+            f"({type(error).__name__}: {reason}). "
+            "Check the name, the connection and, for a closed set, the login."
+        ) from error
+    return HubSource(dataset, spec, image_column, caption_columns, split)
+
+
+def _row_of(
+    key: str, record: Mapping[str, Any], image_column: str, columns: Sequence[str], root: Path | None
+) -> Row:
+    """A table's record as a row; an image is bytes, or {bytes, path} of which the path may be alone."""
+    captions = captions_of(record, columns)
+    value: Any = record.get(image_column)
+    path: Any = None
+    if isinstance(value, Mapping):
+        value, path = value.get("bytes"), value.get("path")
+    elif isinstance(value, str):
+        value, path = None, value
+    if value is None and path and root is not None:
+        try:
+            value = (root / path).read_bytes()
+        except OSError:
+            return Row(key, b"", captions, problem="missing file")
+    if not isinstance(value, bytes):
+        return Row(key, b"", captions, problem="no image")
+    return Row(key, value, captions)
+
+
+def _kind_of(value: Any) -> str:
+    """A type's name as `pick_*_column` reads it, from a first value."""
+    if isinstance(value, (bytes, Mapping)) or hasattr(value, "convert"):
+        return "binary Image"
+    texts = value if isinstance(value, list) else [value]
+    return "string" if texts and isinstance(texts[0], str) else type(value).__name__

@@ -1,0 +1,226 @@
+"""Autoencoders behind one set of functions: `pixels` (identity), diffusers' AutoencoderKL, Tiny and DC.
+
+    images in [-1, 1] --encode_images--> raw latents --scale_latents--> what the model sees
+    images in [-1, 1] <--decode_latents-------------------------------- what the model makes
+
+A store keeps raw latents; scaled = (raw - shift) * factor. The tiny autoencoder is trained to give latents
+that need no scaling: its configuration says factor 1, which is used as it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
+from torch import Tensor, nn
+
+from shoestring.errors import RecipeError
+
+PIXELS = "pixels"
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers clamps it
+
+
+class PixelAutoencoder(ModelMixin, ConfigMixin):
+    """The identity: a picture is its own latent. Lets models train on pixels with nothing to download."""
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 3, scaling_factor: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.zeros(1))  # gives the model a file, a device and a type
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        return EncoderOutput(latent=x) if return_dict else (x,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
+        return DecoderOutput(sample=z) if return_dict else (z,)
+
+    def forward(self, sample: Tensor) -> Any:
+        return self.decode(self.encode(sample).latent)
+
+
+CLASSES: dict[str, Any] = {
+    "PixelAutoencoder": PixelAutoencoder,
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+    "AutoencoderDC": AutoencoderDC,
+}
+
+
+@dataclass(frozen=True)
+class LatentScaling:
+    """scaled = (raw - shift) * factor, each one number or one a channel."""
+
+    shift: tuple[float, ...] = (0.0,)
+    factor: tuple[float, ...] = (1.0,)
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """Raw -> scaled latents, (B, C, h, w)."""
+        return (raw - self._like(self.shift, raw)) * self._like(self.factor, raw)
+
+    def undo(self, scaled: Tensor) -> Tensor:
+        """Scaled -> raw latents, (B, C, h, w)."""
+        return scaled / self._like(self.factor, scaled) + self._like(self.shift, scaled)
+
+    @property
+    def is_identity(self) -> bool:
+        """True where scaling changes nothing."""
+        return set(self.shift) == {0.0} and set(self.factor) == {1.0}
+
+    @staticmethod
+    def _like(values: tuple[float, ...], latents: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(-1, 1, 1)
+
+
+class _AnyConfig(ConfigMixin):
+    """Reads any diffusers `config.json`."""
+
+    config_name = "config.json"
+
+
+def load_autoencoder(path_or_id: str, revision: str | None = None) -> nn.Module:
+    """`pixels`, or the autoencoder in a local folder or hub repository (itself or its `vae/`), in float32.
+
+    Reads safetensors only. Raises `RecipeError` where there is none, or one of an unknown class.
+    """
+    if path_or_id == PIXELS:
+        return PixelAutoencoder().eval()
+    subfolder, name = _find_config(path_or_id, revision)
+    if name not in CLASSES:
+        raise RecipeError(
+            f"autoencoder {path_or_id}: its config.json names the class {name}. Known: {', '.join(CLASSES)}."
+        )
+    try:
+        model = CLASSES[name].from_pretrained(
+            path_or_id,
+            subfolder=subfolder,
+            revision=revision,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            torch_dtype=torch.float32,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"autoencoder {path_or_id}: cannot be loaded ({first_line(error)}). "
+            "It needs diffusion_pytorch_model.safetensors beside its config.json."
+        ) from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+@torch.no_grad()
+def encode_images(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Images (B, 3, H, W) in [-1, 1] -> raw latents (B, C, h, w): mean and log-variance (None without one).
+
+    Computed in the autoencoder's own type, returned in float32.
+    """
+    result = autoencoder.encode(images.to(_dtype(autoencoder)))  # type: ignore[operator]
+    if hasattr(result, "latent_dist"):
+        distribution = result.latent_dist
+        return distribution.mean.float(), distribution.logvar.float().clamp(*LOG_VARIANCE_RANGE)
+    latents = result.latents if hasattr(result, "latents") else result.latent
+    return latents.float(), None
+
+
+def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """One draw of raw latents: mean + exp(log_variance / 2) * noise."""
+    return mean + torch.exp(0.5 * log_variance) * noise
+
+
+def scale_latents(scaling: nn.Module | LatentScaling, raw: Tensor) -> Tensor:
+    """Raw latents (B, C, h, w) -> as the model sees them: (raw - shift) * factor."""
+    return as_scaling(scaling).apply(raw)
+
+
+def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) -> images (B, 3, H, W) float32 in [-1, 1]."""
+    raw = as_scaling(autoencoder).undo(latents.float()).to(_dtype(autoencoder))
+    image: Tensor = autoencoder.decode(raw).sample  # type: ignore[operator]
+    return image.float().clamp(-1, 1)
+
+
+def as_scaling(scaling: nn.Module | LatentScaling) -> LatentScaling:
+    """The scaling that an autoencoder's configuration asks for (or the scaling given)."""
+    if isinstance(scaling, LatentScaling):
+        return scaling
+    config: Any = scaling.config
+    factor = float(config.get("scaling_factor") or 1.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:  # a few AutoencoderKL (Playground 2.5) normalise by channel
+        return LatentScaling(tuple(map(float, mean)), tuple(factor / float(each) for each in std))
+    return LatentScaling((float(config.get("shift_factor") or 0.0),), (factor,))
+
+
+def spatial_factor(autoencoder: nn.Module) -> int:
+    """Pixels along one side of a latent cell: 1 for pixels, 8 for Stable Diffusion's, 32 for DC."""
+    if isinstance(autoencoder, PixelAutoencoder):
+        return 1
+    config: Any = autoencoder.config
+    # The tiny class's own `spatial_scale_factor` is 2**out_channels, right for 3 colours and 4 blocks alone.
+    blocks = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return int(2 ** (len(blocks) - 1))
+
+
+def latent_channels(autoencoder: nn.Module) -> int:
+    """Channels of the latents."""
+    config: Any = autoencoder.config
+    return int(config["latent_channels"])
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """A short hash of a network's weights: names, shapes and first values.
+
+    Reads a few numbers of each tensor, so it is quick for any size and tells different weights apart.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        head: Sequence[float] = tensor.detach().flatten()[:16].float().cpu().tolist()
+        digest.update(json.dumps([name, list(tensor.shape), head]).encode())
+    return digest.hexdigest()[:16]
+
+
+def first_line(error: Exception) -> str:
+    """The first sentence of a library's long message."""
+    return str(error).strip().split("\n")[0].rstrip(".").strip() or type(error).__name__
+
+
+def _find_config(path_or_id: str, revision: str | None) -> tuple[str | None, str]:
+    """(subfolder, class name) of the autoencoder at a place; `vae/` is tried when the top holds none."""
+    problem: Exception | None = None
+    for subfolder in (None, "vae"):
+        try:
+            config = _AnyConfig.load_config(path_or_id, subfolder=subfolder, revision=revision)
+        except (OSError, ValueError) as error:
+            problem = problem or error
+            continue
+        if "_class_name" in config:
+            return subfolder, config["_class_name"]
+    if Path(path_or_id).exists() or _looks_local(path_or_id):
+        raise RecipeError(
+            f"autoencoder {path_or_id}: no autoencoder there (a folder with config.json and "
+            "diffusion_pytorch_model.safetensors, or a pipeline's folder with vae/). "
+            f"Give such a folder, a hub id such as stabilityai/sdxl-vae, or {PIXELS}."
+        )
+    raise RecipeError(
+        f"autoencoder {path_or_id}: neither a local folder nor to be had from the hub "
+        f"({first_line(problem) if problem else 'no configuration'}). "
+        f"Give a folder, a hub id such as stabilityai/sdxl-vae, or {PIXELS}."
+    )
+
+
+def _looks_local(path_or_id: str) -> bool:
+    return path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1
+
+
+def _dtype(autoencoder: nn.Module) -> torch.dtype:
+    for tensor in (*autoencoder.parameters(), *autoencoder.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32

@@ -1,0 +1,57 @@
+"""What the denoising losses share: caption drop, patches to keep, the error over kept patches.
+
+Every draw is keyed by (seed, stream, position of the image in the run), so it does not depend on how images
+are grouped into batches and processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shoestring.interfaces import Batch
+from shoestring.runtime import keyed_uniform
+
+
+def drop_captions(batch: Batch, share: float, seed: int) -> Batch:
+    """Replace `share` of the captions by the null caption: a zero embedding (paper, section 3).
+
+    With a mask one zero token is left; without one, all L tokens are zero: the same to the network.
+    """
+    if share == 0:
+        return batch
+    dropped = keyed_uniform(seed, "caption_drop", batch.index) < share  # (B,)
+    text = batch.text.masked_fill(dropped[:, None, None], 0.0)
+    mask = batch.text_mask
+    if mask is not None:
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        mask = torch.where(dropped[:, None], first[None], mask)
+    return replace(batch, text=text, text_mask=mask)
+
+
+def draw_keep(batch: Batch, patch_size: int, mask_ratio: float, seed: int) -> Tensor | None:
+    """Indices (B, K) of the K = int(N (1 - mask_ratio)) patches each image keeps; None keeps all."""
+    if mask_ratio == 0:
+        return None
+    num_patches = batch.latents.shape[-2] // patch_size * (batch.latents.shape[-1] // patch_size)
+    scores = keyed_uniform(seed, "mask", batch.index, (num_patches,))
+    return kept_patches(scores, mask_ratio)
+
+
+def kept_patches(scores: Tensor, mask_ratio: float) -> Tensor:
+    """The int(N (1 - mask_ratio)) smallest scores of each row, in the patches' order: (B, N) -> (B, K)."""
+    count = max(1, int(scores.shape[1] * (1 - mask_ratio)))
+    return scores.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+
+
+def mean_over_patches(error: Tensor, keep: Tensor | None, patch_size: int) -> Tensor:
+    """Mean of (B, C, H, W) over the pixels of the kept patches: (B,)."""
+    if keep is None:
+        return error.flatten(1).mean(dim=1)
+    batch, channels, height, width = error.shape
+    rows, columns = height // patch_size, width // patch_size
+    kept = error.new_zeros(batch, rows * columns).scatter(1, keep, 1.0).view(batch, 1, rows, columns)
+    kept = kept.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    return (error * kept).flatten(1).sum(dim=1) / (keep.shape[1] * channels * patch_size**2)

@@ -1,0 +1,1 @@
+"""What makes pictures: diffusers pipelines over the networks."""

@@ -1,0 +1,96 @@
+"""Pictures from a pipeline, each with its own seed, and PNG files that say how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from shoestring.models.text_encoders import TextEncoder
+from shoestring.sampling.grid import grid
+from shoestring.storage import atomic_path
+
+CRISP_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and all that is needed to make it again."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+
+    def settings(self) -> dict[str, object]:
+        """Prompt, seed, steps and guidance, as written into the PNG."""
+        return {name: getattr(self, name) for name in ("prompt", "seed", "steps", "guidance")}
+
+
+def generate(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch_size: int = 64,
+) -> Iterator[Picture]:
+    """One picture for each (prompt, seed), in order.
+
+    Each is drawn with a generator of its own, so the noise of a picture does not depend on its neighbours.
+    """
+    steps = pipeline.config.default_steps if steps is None else steps
+    guidance = pipeline.config.default_guidance if guidance is None else guidance
+    pipeline.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        images = pipeline(
+            list(prompts[part]),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+        ).images
+        for image, prompt, seed in zip(images, prompts[part], seeds[part], strict=True):
+            yield Picture(image, prompt, seed, steps, guidance)
+
+
+def save_png(picture: Picture, path: Path) -> None:
+    """Write a PNG with `prompt` and `shoestring` (all settings as JSON) in its text chunks."""
+    info = PngInfo()
+    info.add_itxt("prompt", picture.prompt)
+    info.add_itxt("shoestring", json.dumps(picture.settings(), ensure_ascii=False))
+    with atomic_path(path) as aside:
+        picture.image.save(aside, format="png", pnginfo=info)
+
+
+def save_grid(images: Sequence[Image.Image], path: Path, columns: int | None = None) -> None:
+    """Write pictures as one PNG; small ones are enlarged by whole pixels so that they can be seen."""
+    scale = max(1, CRISP_SIDE // images[0].width)
+    with atomic_path(path) as aside:
+        grid(images, columns, gap=2 * scale, scale=scale).save(aside, format="png")
+
+
+def warn_cut_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
+    """A line for each prompt that is longer than the text encoder takes."""
+    encoder = TextEncoder(
+        pipeline.text_encoder,
+        pipeline.tokenizer,
+        pad=pipeline.config.text_pad,
+        max_tokens=pipeline.config.max_tokens,
+    )
+    cut = encoder.encode(prompts).cut
+    return [
+        f"warning: prompt too long for the text encoder: the last {count} of its tokens are ignored "
+        f"(it takes {encoder.max_tokens}): {prompt}"
+        for prompt, count in zip(prompts, cut, strict=True)
+        if count
+    ]

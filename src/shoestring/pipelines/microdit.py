@@ -1,0 +1,354 @@
+"""MicroDiTPipeline: text to pictures with a MicroDiT, a diffusers `DiffusionPipeline`.
+
+    prompt --text encoder--> embeddings --project_text, once--> [null, text]
+    noise --scheduler: 2 x MicroDiT a step, guidance--> latents --autoencoder--> picture
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from shoestring.models.autoencoders import decode_latents, latent_channels, spatial_factor
+from shoestring.models.microdit import MicroDiT, ProjectedText
+from shoestring.models.text_encoders import TextEncoder, collate
+from shoestring.objectives.flow import TIMESTEPS, velocity_from_x0
+from shoestring.sampling.edm_heun import EDMHeunScheduler
+
+PREDICTIONS = ("edm", "velocity", "x0")
+_SHIM = "from shoestring.pipelines.microdit import MicroDiTPipeline  # noqa: F401\n"
+
+
+class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+    """Pictures from prompts. Open one with `shoestring.load(path_or_id)`.
+
+    `prediction` says what the network puts out: "edm" (raw output under EDM's preconditioning, with an EDM
+    scheduler), "velocity" or "x0" (with a flow-matching scheduler). `default_steps` and `default_guidance`
+    are what a call uses that gives none. `text_pad` and `max_tokens` repeat how captions were encoded in training.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: MicroDiT,
+        vae: nn.Module,
+        text_encoder: nn.Module,
+        scheduler: EDMHeunScheduler,
+        tokenizer: Any = None,
+        prediction: str = "edm",
+        text_pad: str = "none",
+        max_tokens: int | None = None,
+        default_steps: int = 30,
+        default_guidance: float = 5.0,
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction {prediction!r}: unknown. Use {', '.join(PREDICTIONS)}.")
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+        )
+        self.register_to_config(
+            prediction=prediction,
+            text_pad=text_pad,
+            max_tokens=max_tokens,
+            default_steps=default_steps,
+            default_guidance=default_guidance,
+        )
+        factor = 1 if vae is None else spatial_factor(vae)
+        self.vae_scale_factor = factor
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of the call under way."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call under way evaluates the null caption too."""
+        return self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Evaluations of the call under way."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The timestep being evaluated, None outside a call."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set to True in a callback to stop after the step."""
+        return self._interrupt
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Text embeddings (B n, L, C) and masks (B n, L), each prompt repeated n times in a row.
+
+        Without a negative prompt the null caption of training is used: zeros (one token, or L without mask).
+        """
+        device = device or self._execution_device
+        if prompt_embeds is None:
+            prompt_embeds, prompt_attention_mask = self._encode(prompt)
+        if negative_prompt_embeds is None:
+            if negative_prompt is None:
+                length = 1 if prompt_attention_mask is not None else prompt_embeds.shape[1]
+                negative_prompt_embeds = prompt_embeds.new_zeros(1, length, prompt_embeds.shape[2])
+                if prompt_attention_mask is not None:
+                    negative_prompt_attention_mask = prompt_attention_mask.new_ones(1, 1)
+            else:
+                negative_prompt_embeds, negative_prompt_attention_mask = self._encode(negative_prompt)
+        count = prompt_embeds.shape[0]
+        if negative_prompt_embeds.shape[0] != count:
+            negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+            if negative_prompt_attention_mask is not None:
+                negative_prompt_attention_mask = negative_prompt_attention_mask.expand(count, -1)
+        dtype = self.transformer.dtype if self.transformer is not None else prompt_embeds.dtype
+        prompt_embeds = _repeat(prompt_embeds, num_images_per_prompt, device).to(dtype)
+        negative_prompt_embeds = _repeat(negative_prompt_embeds, num_images_per_prompt, device).to(dtype)
+        if prompt_attention_mask is not None:
+            prompt_attention_mask = _repeat(prompt_attention_mask, num_images_per_prompt, device)
+        if negative_prompt_attention_mask is not None:
+            negative_prompt_attention_mask = _repeat(
+                negative_prompt_attention_mask, num_images_per_prompt, device
+            )
+        return (
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
+
+    def _encode(self, prompt: str | list[str]) -> tuple[Tensor, Tensor | None]:
+        encoder = TextEncoder(
+            self.text_encoder,
+            self.tokenizer,
+            pad=self.config.text_pad,
+            max_tokens=self.config.max_tokens,
+        )
+        text, mask = collate(encoder.encode([prompt] if isinstance(prompt, str) else prompt).tokens)
+        return text, None if self.config.text_pad == "encoder" else mask
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        prompt_embeds: Tensor | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raise `ValueError` for inputs that cannot be sampled."""
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        if height % multiple or width % multiple or min(height, width) < multiple:
+            nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+            raise ValueError(
+                f"height x width {height} x {width}: both must be multiples of {multiple}; "
+                f"nearest: {nearest[0]} x {nearest[1]}."
+            )
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps {num_inference_steps}: must be at least 1.")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("Give either prompt or prompt_embeds.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs {sorted(unknown)}: not among "
+                f"{self._callback_tensor_inputs}."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Make pictures.
+
+        Args are diffusers' usual ones. `guidance_scale` 1 is none: out = null + scale * (text - null).
+        `latents` are standard normal noise (B n, C, h, w), scaled by the scheduler's first noise level here.
+        `output_type` is "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent".
+        """
+        side = self.transformer.config.sample_size * self.vae_scale_factor
+        height, width = height or side, width or side
+        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
+        self.check_inputs(prompt, height, width, steps, prompt_embeds, callback_on_step_end_tensor_inputs)
+        self._guidance_scale = self.config.default_guidance if guidance_scale is None else guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+            self.encode_prompt(
+                prompt,  # type: ignore[arg-type]
+                negative_prompt,
+                num_images_per_prompt,
+                device,
+                prompt_embeds,
+                prompt_attention_mask,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+            )
+        )
+        text, mask = prompt_embeds, prompt_attention_mask
+        if self.do_classifier_free_guidance:
+            text, mask = _stack_text(
+                (negative_prompt_embeds, negative_prompt_attention_mask),
+                (prompt_embeds, prompt_attention_mask),
+            )
+        latents = self.prepare_latents(prompt_embeds.shape[0], height, width, device, generator, latents)
+        self.scheduler.set_timesteps(steps, device=device)
+        timesteps = self.scheduler.timesteps
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        self._num_timesteps = len(timesteps)
+        prompt_inputs = self._prompt_inputs(text, mask)
+
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for number, timestep in enumerate(timesteps):
+                if self._interrupt:
+                    continue
+                self._current_timestep = timestep
+                velocity_or_raw = self._evaluate(latents, timestep, prompt_inputs, attention_kwargs)
+                latents = self.scheduler.step(velocity_or_raw, timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    given = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        given[name] = latents if name == "latents" else locals()[name]
+                    returned = callback_on_step_end(self, number, timestep, given)
+                    latents = returned.pop("latents", latents)
+                progress.update()
+        self._current_timestep = None
+
+        images = latents
+        if output_type != "latent":
+            decoded = decode_latents(self.vae, latents.to(self.vae.dtype))
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def prepare_latents(
+        self,
+        count: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Standard normal noise (count, C, h, w) in float32, drawn with `generator` unless given."""
+        factor = self.vae_scale_factor
+        shape = (count, latent_channels(self.vae), height // factor, width // factor)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: must be {shape}.")
+        return latents.to(device, torch.float32)
+
+    def _prompt_inputs(self, text: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """What depends on the prompt alone, as arguments of the network.
+
+        Hooks of diffusers' caches split and match plain arguments, so with a cache on the text goes in raw.
+        """
+        if self.transformer.is_cache_enabled:
+            return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+        projected: ProjectedText = self.transformer.project_text(text, mask, with_key_values=True)
+        return {"projected_text": projected}
+
+    def _evaluate(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_inputs: dict[str, Any],
+        attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        """The network's guided output at one timestep, in the form that the scheduler takes."""
+        inputs = latents
+        if self.config.prediction == "edm":
+            inputs = self.scheduler.scale_model_input(latents, timestep)
+        if self.do_classifier_free_guidance:
+            inputs = torch.cat([inputs, inputs])
+        with self.transformer.cache_context("cond_uncond"):
+            output = self.transformer(
+                hidden_states=inputs.to(self.transformer.dtype),
+                timestep=timestep.expand(inputs.shape[0]),
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
+                **prompt_inputs,
+            )[0].float()
+        if self.do_classifier_free_guidance:
+            null, text = output.chunk(2)
+            output = torch.lerp(null, text, self.guidance_scale)
+        if self.config.prediction == "x0":
+            output = velocity_from_x0(output, latents, timestep / TIMESTEPS)
+        return output
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, with the one-line `pipeline.py` that lets plain diffusers open it:
+
+        `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        Path(save_directory, "pipeline.py").write_text(_SHIM, encoding="utf-8")
+
+
+def _repeat(tensor: Tensor, count: int, device: torch.device) -> Tensor:
+    return tensor.to(device).repeat_interleave(count, dim=0)
+
+
+def _stack_text(
+    first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Two texts with their masks one above the other, the shorter one padded with tokens that do not count."""
+    length = max(first[0].shape[1], second[0].shape[1])
+    texts, masks = [], []
+    for text, mask in (first, second):
+        missing = length - text.shape[1]
+        if mask is None and (missing or first[1] is not None or second[1] is not None):
+            mask = text.new_ones(text.shape[:2], dtype=torch.bool)
+        texts.append(nn.functional.pad(text, (0, 0, 0, missing)))
+        masks.append(None if mask is None else nn.functional.pad(mask.bool(), (0, missing)))
+    stacked = torch.cat(texts)
+    if masks[0] is None or masks[1] is None:
+        return stacked, None
+    return stacked, torch.cat([masks[0], masks[1]])

@@ -1,0 +1,1 @@
+"""Recipes: YAML files that fully determine a run; nothing here imports torch."""

@@ -1,0 +1,140 @@
+"""Pictures come out square, upright, opaque and antialiased, or say why not."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shoestring.data.transforms import BadImage, decode, mirrored, prepare, says_side
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def smooth(width: int, height: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 120 * np.sin(x / 9 + c) * np.cos(y / 7 - c) for c in range(3)]
+    return np.stack(waves, axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(64, 64, 32), (90, 60, 32), (50, 131, 16), (32, 32, 32)]
+)
+def test_resizing_agrees_with_torch(width: int, height: int, size: int) -> None:
+    """Centre crop and torch's bicubic with antialias, to a rounding of 8-bit values."""
+    pixels = smooth(width, height)
+    side = min(width, height)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = (
+        torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float()
+    )
+    expected = torch.nn.functional.interpolate(square, (size, size), mode="bicubic", antialias=True)
+    ours = prepare(pixels, [size]).pictures[size]
+    theirs = expected[0].clamp(0, 255).permute(1, 2, 0).numpy()
+    assert np.abs(ours - theirs).max() <= 1.5
+
+
+def test_fine_stripes_become_grey_and_not_other_stripes() -> None:
+    """Without antialias, every fourth of black and white columns would come out all black or all white."""
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    small = prepare(stripes, [16]).pictures[16]
+    assert np.abs(small[:, 2:-2].astype(int) - 127).max() < 10
+
+
+def test_several_sizes_come_from_the_original() -> None:
+    pixels = smooth(128, 128)
+    both = prepare(pixels, [32, 64]).pictures
+    assert np.array_equal(both[32], prepare(pixels, [32]).pictures[32])
+    assert np.array_equal(both[64], prepare(pixels, [64]).pictures[64])
+
+
+def test_size_and_crop_are_what_sdxl_is_told() -> None:
+    """Original size; the crop in pixels of the picture resized so that its short side is the target."""
+    assert prepare(smooth(100, 60), [30]).size_crop == (60, 100, 0, 10, 30, 30)
+    assert prepare(smooth(40, 80), [16, 20]).size_crop == (80, 40, 10, 0, 20, 20)
+
+
+def test_a_picture_of_the_right_size_is_untouched() -> None:
+    pixels = smooth(16, 16)
+    assert prepare(pixels, [16]).pictures[16] is pixels
+    assert np.array_equal(prepare(encoded(Image.fromarray(pixels)), [16]).pictures[16], pixels)
+
+
+def test_too_small_is_refused_unless_enlarging_is_asked_for() -> None:
+    with pytest.raises(BadImage, match="too small"):
+        prepare(smooth(31, 100), [32])
+    assert prepare(smooth(31, 100), [32], upscale=True).pictures[32].shape == (32, 32, 3)
+
+
+def test_transparent_is_white() -> None:
+    layer = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    layer.putpixel((1, 0), (255, 0, 0, 255))
+    assert np.asarray(decode(encoded(layer))).tolist() == [[[255, 255, 255], [255, 0, 0]]]
+
+
+def test_palette_grey_and_cmyk_become_rgb() -> None:
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    assert np.asarray(decode(encoded(red.quantize(4))))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(decode(encoded(Image.new("L", (4, 4), 77))))[0, 0].tolist() == [77, 77, 77]
+    assert decode(encoded(red.convert("CMYK"), "JPEG")).mode == "RGB"
+
+
+def test_sixteen_bit_grey_keeps_its_range() -> None:
+    grey = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
+    assert np.asarray(decode(encoded(grey)))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_a_turned_photo_is_set_upright() -> None:
+    image = Image.fromarray(smooth(8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert decode(encoded(image, "JPEG", exif=exif)).size == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unreadable image"),
+        (b"not an image", "unreadable image"),
+        (encoded(Image.fromarray(smooth(64, 64)))[:2000], "truncated image"),
+        (encoded(Image.fromarray(smooth(64, 64)), "JPEG")[:900], "truncated image"),
+    ],
+)
+def test_damaged_files_are_named(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImage, match=f"^{reason}$"):
+        decode(data)
+
+
+def test_an_image_of_absurd_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadImage, match="too large"):
+        decode(encoded(Image.new("RGB", (30, 30))))
+
+
+@pytest.mark.parametrize(
+    ("caption", "says"),
+    [
+        ("a cat on the Left", True),
+        ("right-handed bat", True),
+        ("bright leftovers", False),
+        ("a copyright sign", False),
+        ("top left: a red circle", True),
+    ],
+)
+def test_sides_are_whole_words(caption: str, says: bool) -> None:
+    assert says_side(["a dog", caption]) is says
+
+
+def test_mirroring_swaps_left_and_right() -> None:
+    pixels = smooth(5, 3)
+    assert np.array_equal(mirrored(pixels), pixels[:, ::-1])
+    assert mirrored(pixels).flags.c_contiguous

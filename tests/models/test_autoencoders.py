@@ -1,0 +1,180 @@
+"""Every autoencoder behind the same functions, against diffusers' own calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor, nn
+
+from shoestring.errors import RecipeError
+from shoestring.models.autoencoders import (
+    LatentScaling,
+    PixelAutoencoder,
+    as_scaling,
+    decode_latents,
+    encode_images,
+    latent_channels,
+    load_autoencoder,
+    sample_latents,
+    scale_latents,
+    spatial_factor,
+    weights_fingerprint,
+)
+
+
+def kl(**config: object) -> AutoencoderKL:
+    torch.manual_seed(0)
+    two = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, **two, **config)
+
+
+def tiny() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    channels, blocks = (8, 8, 8), (1, 1, 1)
+    return AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+    )
+
+
+def dc() -> AutoencoderDC:
+    torch.manual_seed(0)
+    ends = {f"{end}_block_out_channels": (8, 16) for end in ("encoder", "decoder")}
+    layers = {f"{end}_layers_per_block": (1, 1) for end in ("encoder", "decoder")}
+    scales = {f"{end}_qkv_multiscales": ((), ()) for end in ("encoder", "decoder")}
+    types = {f"{end}_block_types": "ResBlock" for end in ("encoder", "decoder")}
+    return AutoencoderDC(
+        latent_channels=8, attention_head_dim=4, scaling_factor=0.41, **ends, **layers, **scales, **types
+    )
+
+
+MAKERS = {
+    "pixels": (PixelAutoencoder, 3, 1),
+    "kl": (lambda: kl(scaling_factor=0.13025, shift_factor=0.1), 4, 2),
+    "tiny": (tiny, 4, 4),
+    "dc": (dc, 8, 2),
+}
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_shapes_follow_from_channels_and_factor(name: str, images: Tensor) -> None:
+    make, channels, factor = MAKERS[name]
+    model: nn.Module = make().eval()
+    mean, log_variance = encode_images(model, images)
+    assert (latent_channels(model), spatial_factor(model)) == (channels, factor)
+    assert mean.shape == (2, channels, 16 // factor, 16 // factor)
+    assert (log_variance is not None) == (name == "kl")
+    with torch.no_grad():
+        decoded = decode_latents(model, scale_latents(model, mean))
+    assert decoded.shape == images.shape
+    assert decoded.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_saved_autoencoder_loads_as_the_same_network(name: str, images: Tensor, tmp_path: Path) -> None:
+    model: nn.Module = MAKERS[name][0]().eval()
+    model.save_pretrained(tmp_path / "vae")
+    for place in (tmp_path / "vae", tmp_path):  # itself, or the pipeline's folder around it
+        loaded = load_autoencoder(str(place))
+        assert type(loaded) is type(model)
+        assert not any(p.requires_grad for p in loaded.parameters())
+        assert weights_fingerprint(loaded) == weights_fingerprint(model)
+        torch.testing.assert_close(encode_images(loaded, images)[0], encode_images(model, images)[0])
+
+
+def test_kl_agrees_with_diffusers_own_calls(images: Tensor) -> None:
+    """Mean, log-variance, a draw, scaling and decoding equal what diffusers' pipelines do."""
+    model = kl(scaling_factor=0.13025, shift_factor=0.1).eval()
+    with torch.no_grad():
+        distribution = model.encode(images).latent_dist
+    mean, log_variance = encode_images(model, images)
+    assert torch.equal(mean, distribution.mean)
+    assert log_variance is not None
+    assert torch.equal(log_variance, distribution.logvar)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(sample_latents(mean, log_variance, noise), distribution.sample(generator))
+    scaled = scale_latents(model, mean)
+    torch.testing.assert_close(scaled, (distribution.mean - 0.1) * 0.13025)
+    with torch.no_grad():  # as StableDiffusion3Pipeline decodes
+        raw = model.decode(scaled / 0.13025 + 0.1, return_dict=False)[0]
+        expected = VaeImageProcessor().postprocess(raw, output_type="pt") * 2 - 1
+        torch.testing.assert_close(decode_latents(model, scaled), expected, atol=1e-5, rtol=0)
+
+
+def test_the_tiny_autoencoder_needs_no_scaling(images: Tensor) -> None:
+    model = tiny().eval()
+    assert as_scaling(model).is_identity
+    with torch.no_grad():
+        assert torch.equal(encode_images(model, images)[0], model.encode(images).latents)
+
+
+def test_pixels_are_the_identity(images: Tensor) -> None:
+    model = load_autoencoder("pixels")
+    mean, log_variance = encode_images(model, images)
+    assert torch.equal(mean, images)
+    assert log_variance is None
+    assert torch.equal(decode_latents(model, scale_latents(model, mean)), images)
+
+
+def test_scaling_by_channel_follows_latents_mean_and_std() -> None:
+    """Playground 2.5's way: (raw - mean) * factor / std, and back."""
+    model = kl(scaling_factor=0.5, latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(2.0, 4.0, 8.0, 16.0))
+    raw = torch.randn(2, 4, 3, 3)
+    mean, std = torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1), torch.tensor([2.0, 4, 8, 16]).view(4, 1, 1)
+    scaling = as_scaling(model)
+    torch.testing.assert_close(scaling.apply(raw), (raw - mean) * 0.5 / std)
+    torch.testing.assert_close(scaling.undo(scaling.apply(raw)), raw)
+    assert not scaling.is_identity
+    assert LatentScaling().is_identity
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    one, other = kl(), kl()
+    assert weights_fingerprint(one) == weights_fingerprint(other)
+    with torch.no_grad():
+        next(other.parameters()).flatten()[0] += 1e-3
+    assert weights_fingerprint(one) != weights_fingerprint(other)
+
+
+def _pickled(folder: Path) -> None:
+    kl().save_pretrained(folder, safe_serialization=False)
+
+
+def _foreign(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (_pickled, "safetensors"),
+        (_foreign, "VQModel.*Known: PixelAutoencoder, AutoencoderKL"),
+        (lambda folder: None, "no autoencoder there"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_says_why(
+    prepare: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    prepare(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        load_autoencoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nobody/nothing-of-the-kind"])
+def test_a_missing_autoencoder_says_what_may_be_given(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"Give .*stabilityai/sdxl-vae, or pixels"):
+        load_autoencoder(name)
