@@ -53,7 +53,11 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be written")],
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EACCES, "cannot be written"),
+        (errno.EROFS, "cannot be written"),
+    ],
 )
 def test_a_full_or_read_only_disk_is_said_in_one_line(tmp_path: Path, code: int, message: str) -> None:
     def fail() -> None:

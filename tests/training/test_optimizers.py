@@ -82,7 +82,9 @@ def test_weight_decay_spares_norms_and_biases(network: MicroDiT) -> None:
     roles = parameter_roles(network)
     vectors = [name for name, role in roles.items() if role == VECTOR]
     assert all(torch.allclose(plain[name], decayed[name], atol=1e-7) for name in vectors)
-    assert not torch.allclose(plain["caption_projection.linear_1.weight"], decayed["caption_projection.linear_1.weight"])
+    assert not torch.allclose(
+        plain["caption_projection.linear_1.weight"], decayed["caption_projection.linear_1.weight"]
+    )
 
 
 def test_muon_gets_hidden_matrices_and_equals_torchs(network: MicroDiT) -> None:

@@ -76,9 +76,7 @@ def _fitted(recipe: Recipe, minutes: float, device: torch.device) -> Recipe:
     rates = build.measured_rates(recipe, store, device)
     seconds = sum(phase.images / rate for phase, rate in zip(recipe.phases, rates, strict=True))
     fitted = build.scaled(recipe, minutes * 60 / seconds)
-    speeds = ", ".join(
-        f"{phase.name} {rate:.0f}" for phase, rate in zip(recipe.phases, rates, strict=True)
-    )
+    speeds = ", ".join(f"{phase.name} {rate:.0f}" for phase, rate in zip(recipe.phases, rates, strict=True))
     _say(f"Measured images/s: {speeds}. {minutes:g} minutes make {fitted.images:,} images.")
     return fitted
 

@@ -13,7 +13,9 @@ def evaluate(
     prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts a split.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Pictures of each prompt.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Measure a run: scene accuracy where its data are scenes, and loss on held-out images in any case."""

@@ -66,9 +66,7 @@ def train(
     typer.echo(f"{run}: {training.progress.images:,} images. Pipeline in {run}/pipeline, report in {report}.")
 
 
-def _recipe_and_run(
-    recipe: str, sets: list[str], name: str | None, runs: Path
-) -> tuple[Recipe, Path]:
+def _recipe_and_run(recipe: str, sets: list[str], name: str | None, runs: Path) -> tuple[Recipe, Path]:
     """The resolved recipe and the run's folder; a run folder in place of a recipe means its own recipe."""
     from shoestring.recipes.load import load_recipe
 

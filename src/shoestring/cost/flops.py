@@ -25,7 +25,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seco
     """Measured FLOP/s of a size x size matrix product on this machine: best of repeated runs."""
     import time
 
-    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    a, b = (
+        torch.randn(size, size, device=device, dtype=dtype),
+        torch.randn(size, size, device=device, dtype=dtype),
+    )
     best, stop = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < stop:
         start = time.perf_counter()

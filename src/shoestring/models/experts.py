@@ -46,7 +46,7 @@ class ExpertChoice(nn.Module):
         return min(num_tokens, max(1, int(self.capacity * num_tokens / len(self.experts))))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        batch, num_tokens, size = hidden_states.shape
+        _, num_tokens, size = hidden_states.shape
         scores = self.router(hidden_states).softmax(dim=-1)  # (B, N, E)
         weights, chosen = scores.topk(self.tokens_per_expert(num_tokens), dim=1)  # (B, k, E)
         out = hidden_states.new_zeros(hidden_states.shape)

@@ -1,4 +1,4 @@
-"""Layers shared by the transformers: norms, attention, feed-forward, modulation, positions, time embedding."""
+"""Layers the transformers share: norms, attention, feed-forward, modulation, positions, time embedding."""
 
 from __future__ import annotations
 
@@ -129,6 +129,11 @@ class Attention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = AttentionProcessor
     _available_processors = [AttentionProcessor]
+    processor: AttentionProcessor
+    norm_q: nn.Module
+    norm_k: nn.Module
+    to_qkv: nn.Linear  # these two where diffusers' fuse_projections made them
+    to_kv: nn.Linear
 
     def __init__(
         self,
@@ -193,7 +198,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         rotary: Tensor | None = None,
         key_value: KeyValue | None = None,
     ) -> Tensor:
-        return self.processor(  # type: ignore[no-any-return]
+        return self.processor(
             self,
             hidden_states,
             encoder_hidden_states=encoder_hidden_states,

@@ -182,7 +182,8 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
         num_experts, expert_capacity: experts of an expert-choice feed-forward (section 2.3).
         expert_blocks, mixer_expert_blocks: every n-th block, never the backbone's last; or positions.
         text_depth: transformer blocks over the text alone.
-        positions: "sincos" (published, added to the patches) or "rope" (2-D rotary, in self-attention).
+        positions: "sincos" (published: added to the patches) or "sincos+rope" (2-D rotary in self-attention
+            besides; alone it would leave cross-attention without places to tell apart).
         text_positions: "none" (published) or "rope" (rotary, in the text blocks).
         qk_norm: "hidden" (published) or "head"; see `Attention`.
         pos_interp_scale: grid coordinates are divided by this (2.0 at twice the training resolution).
@@ -368,11 +369,10 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         positions = grid_positions(rows, columns, self.config.pos_interp_scale, tokens.device)
+        tokens = tokens + sincos_positions(positions, tokens.shape[-1]).to(tokens.dtype)
         rotary = None
-        if self.config.positions == "rope":
+        if self.config.positions == "sincos+rope":
             rotary = rotary_angles(positions, self.config.head_dim)
-        else:
-            tokens = tokens + sincos_positions(positions, tokens.shape[-1]).to(tokens.dtype)
 
         key_values = text.key_values or (None,) * (len(self.patch_mixer) + len(self.transformer_blocks))
         tokens = self.mixer_in(tokens)
@@ -463,7 +463,7 @@ def _check_widths(
                 f"nearest: {max(below, head_dim)} or {below + head_dim}."
             )
     for name, value, allowed in (
-        ("positions", positions, ("sincos", "rope")),
+        ("positions", positions, ("sincos", "sincos+rope")),
         ("text_positions", text_positions, ("none", "rope")),
         ("qk_norm", qk_norm, ("hidden", "head")),
     ):

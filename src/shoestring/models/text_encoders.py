@@ -50,7 +50,7 @@ _SUFFICIENT = (
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Encoded captions. `cut[i]` is how many tokens of caption i did not fit."""
+    """Encoded captions, on the CPU. `cut[i]` is how many tokens of caption i did not fit."""
 
     tokens: list[Tensor]  # B x (L_i, C) float32
     pooled: Tensor | None  # (B, C_pooled) float32, where the encoder gives one vector a caption
@@ -195,7 +195,7 @@ class TextEncoder:
         """Captions -> tokens, in the order given. An empty caption has at least one token."""
         if self.tokenizer is None:
             tokens, cut = self.model(captions)
-            shorter = [part[: self.max_tokens] for part in tokens]
+            shorter = [part[: self.max_tokens].float().cpu() for part in tokens]
             more = [len(a) - len(b) for a, b in zip(tokens, shorter, strict=True)]
             return EncodedText(shorter, None, [a + b for a, b in zip(cut, more, strict=True)])
         with _quiet("tokenization_utils_base"):  # long captions are counted, and told once

@@ -1,8 +1,8 @@
 """EDM denoising loss (Karras et al. 2022, arXiv 2206.00364; constants of MicroDiT, arXiv 2407.15811).
 
-    log sigma ~ Normal(p_mean, p_std)        x = x_0 + sigma eps
-    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                                 (equation 7)
-    loss = (sigma^2 + sd^2) / (sigma sd)^2  ||D - x_0||^2, mean over kept patches
+log sigma ~ Normal(p_mean, p_std)        x = x_0 + sigma eps
+D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                                 (equation 7)
+loss = (sigma^2 + sd^2) / (sigma sd)^2  ||D - x_0||^2, mean over kept patches
 """
 
 from __future__ import annotations

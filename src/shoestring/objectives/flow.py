@@ -64,9 +64,7 @@ class FlowObjective(Objective):
     def error(self, batch: Batch, log_sigma: Tensor, noise: Tensor, keep: Tensor | None) -> Tensor:
         """Weighted squared error of each image (B,), for given noise (B, C, H, W)."""
         t = log_sigma.sigmoid()[:, None, None, None]
-        output = self.predict(
-            batch.latents.lerp(noise, t), t.flatten(), batch.text, batch.text_mask, keep
-        )
+        output = self.predict(batch.latents.lerp(noise, t), t.flatten(), batch.text, batch.text_mask, keep)
         if self.prediction == "x0":
             error = (t**-2).clamp(max=self.weight_cap) * (output - batch.latents) ** 2
         else:

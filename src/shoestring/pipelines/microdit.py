@@ -1,7 +1,7 @@
 """MicroDiTPipeline: text to pictures with a MicroDiT, a diffusers `DiffusionPipeline`.
 
-    prompt --text encoder--> embeddings --project_text, once--> [null, text]
-    noise --scheduler: 2 x MicroDiT a step, guidance--> latents --autoencoder--> picture
+prompt --text encoder--> embeddings --project_text, once--> [null, text]
+noise --scheduler: 2 x MicroDiT a step, guidance--> latents --autoencoder--> picture
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     `prediction` says what the network puts out: "edm" (raw output under EDM's preconditioning, with an EDM
     scheduler), "velocity" or "x0" (with a flow-matching scheduler). `default_steps` and `default_guidance`
-    are what a call uses that gives none. `text_pad` and `max_tokens` repeat how captions were encoded in training.
+    are what a call uses that gives none. `text_pad` and `max_tokens` repeat how captions were encoded in
+    training.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -324,7 +325,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return output
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with the one-line `pipeline.py` that lets plain diffusers open it:
+        """Save as diffusers does, with the one-line `pipeline.py` that lets plain diffusers open it.
 
         `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`.
         """
@@ -339,7 +340,7 @@ def _repeat(tensor: Tensor, count: int, device: torch.device) -> Tensor:
 def _stack_text(
     first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Two texts with their masks one above the other, the shorter one padded with tokens that do not count."""
+    """Two texts with their masks one above the other, the shorter padded with tokens that do not count."""
     length = max(first[0].shape[1], second[0].shape[1])
     texts, masks = [], []
     for text, mask in (first, second):

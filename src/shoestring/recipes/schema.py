@@ -128,7 +128,7 @@ class MicroDiTModel(Section):
     expert_blocks: Blocks = 2
     mixer_expert_blocks: Blocks = 2
     text_depth: CountOrNone = 1
-    positions: Literal["sincos", "rope"] = "sincos"
+    positions: Literal["sincos", "sincos+rope"] = "sincos"
     text_positions: Literal["none", "rope"] = "none"
     qk_norm: Literal["hidden", "head"] = "hidden"
 

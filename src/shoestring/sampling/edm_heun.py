@@ -63,9 +63,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """Which evaluation comes next, from 0."""
         return self._step_index
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Prepare N = `num_inference_steps` >= 1 Heun steps: 2 N - 1 evaluations."""
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps}: must be at least 1.")

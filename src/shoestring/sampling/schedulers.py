@@ -1,4 +1,4 @@
-"""Schedulers by the names recipes and commands use; EDM ones precondition with `sigma_data`, flow ones do not."""
+"""Schedulers by the names of recipes and commands; EDM ones precondition with `sigma_data`, flow ones do not."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The one training loop and what stands around it: optimisers, averages, checkpoints, tracking, the report."""
+"""The one training loop and what stands around it: optimisers, averages, checkpoints, tracking, report."""

@@ -1,10 +1,10 @@
-"""Checkpoints: tensors as safetensors, scalars as JSON, hashed, whole or absent; the newest valid one is used.
+"""Checkpoints: tensors as safetensors, scalars as JSON, hashed, whole or absent; the newest valid one counts.
 
-    checkpoints/000000050000/           named by images seen
-      tensors/*.safetensors             torch.distributed.checkpoint's safetensors storage; nothing is pickled
-      state.json                        counters, ledger, what the resumed run needs besides tensors
-      manifest.json                     sha256 of every file above
-      COMMITTED                         written last
+checkpoints/000000050000/           named by images seen
+  tensors/*.safetensors             torch.distributed.checkpoint's safetensors storage; nothing is pickled
+  state.json                        counters, ledger, what the resumed run needs besides tensors
+  manifest.json                     sha256 of every file above
+  COMMITTED                         written last
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ def keep_last(folder: Path, count: int) -> None:
 
 def take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below `prefix`, without it; raises `CheckpointError` where there are none."""
-    found = {
-        name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
-    }
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not found:
         raise CheckpointError(f"The checkpoint holds nothing under {prefix!r}: it is of another recipe.")
     return found

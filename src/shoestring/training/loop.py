@@ -303,7 +303,9 @@ class Training:
         settled = progress.windows >= _REFERENCE_WINDOWS
         if limit is not None and settled and reference is not None and mean > limit * reference:
             raise TrainingDiverged(
-                self._diverged(f"the loss jumped to {mean:.4g}, over {limit:g} times its mean {reference:.4g}")
+                self._diverged(
+                    f"the loss jumped to {mean:.4g}, over {limit:g} times its mean {reference:.4g}"
+                )
             )
         momentum = _REFERENCE_MOMENTUM if reference is not None else 0.0
         progress.reference_loss = momentum * (reference or 0.0) + (1 - momentum) * mean

@@ -1,4 +1,4 @@
-"""Where training figures go: always metrics.jsonl, on request TensorBoard or wandb, and one line on the console."""
+"""Where training figures go: metrics.jsonl and the console always, TensorBoard and wandb on request."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class TensorBoard:
             raise RecipeError(
                 "train.trackers: tensorboard is not installed. Run pip install 'shoestring[tensorboard]'."
             ) from None
-        self.writer = SummaryWriter(str(folder), purge_step=images)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder), purge_step=images)
 
     def log(self, record: Record) -> None:
         for name, value in _scalars(record).items():
-            self.writer.add_scalar(f"{record['kind']}/{name}", value, record["images"])  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(f"{record['kind']}/{name}", value, record["images"])
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class Wandb:

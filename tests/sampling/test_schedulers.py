@@ -1,0 +1,31 @@
+"""Schedulers by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoestring.errors import RecipeError
+from shoestring.recipes.schema import SCHEDULERS
+from shoestring.sampling.schedulers import EDM, FLOW, make_scheduler
+
+
+def test_recipes_and_code_know_the_same_names() -> None:
+    assert {"edm": tuple(EDM), "flow": tuple(FLOW)} == SCHEDULERS
+
+
+@pytest.mark.parametrize("name", EDM)
+def test_edm_schedulers_take_the_objectives_sigma_data(name: str) -> None:
+    scheduler = make_scheduler(name, prediction="edm", sigma_data=0.7)
+    assert scheduler.config.sigma_data == 0.7
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "message"),
+    [
+        ("ddim", "edm", "unknown. Use edm_heun, edm_euler, edm_dpm"),
+        ("edm_heun", "x0", "does not fit prediction x0. Use flow_euler, flow_heun"),
+    ],
+)
+def test_a_wrong_scheduler_is_refused_with_those_that_fit(name: str, prediction: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_scheduler(name, prediction=prediction, sigma_data=0.9)
