@@ -1,4 +1,4 @@
-"""How often the scene parser is right: on clean pictures, under noise and under blur; one JSON line a case.
+"""How often the scene parser is right: on clean pictures, under noise and under blur.
 
 python benchmarks/scene_parser.py [--tiny] [--scenes 2000] [--seed 0]
 """
@@ -6,12 +6,12 @@ python benchmarks/scene_parser.py [--tiny] [--scenes 2000] [--seed 0]
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from parts.figures import tell
 from PIL import Image
 
 from shoestring.data.scenes import LEVELS, Scene, ScenesSource, render_many
@@ -49,35 +49,43 @@ def cases(seed: int) -> Iterator[tuple[str, int, Callable[[Pictures], Pictures]]
             yield f"blur {factor}x", size, lambda images, factor=factor: blurred(images, factor)
 
 
-def measure(scenes: list[Scene], images: Pictures) -> dict[str, object]:
-    """Share right by facet, the interval of `all`, and milliseconds a picture."""
+def measure(scenes: list[Scene], images: Pictures, settings: dict[str, object]) -> None:
+    """Tell the share right, with its interval and that of each facet, and the time a picture takes."""
     start = time.perf_counter()
     facets = [compare(scene, parse(image, scene.level)) for scene, image in zip(scenes, images, strict=True)]
-    elapsed = time.perf_counter() - start
-    shares = {facet: round(sum(each[facet] for each in facets) / len(facets), 4) for facet in FACETS}
-    low, high = wilson(sum(each["all"] for each in facets), len(facets))
-    return shares | {
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "ms_per_picture": round(1000 * elapsed / len(facets), 2),
-    }
+    milliseconds = 1000 * (time.perf_counter() - start) / len(facets)
+    right = {facet: sum(each[facet] for each in facets) for facet in FACETS}
+    shares = {facet: round(right[facet] / len(facets), 4) for facet in FACETS if facet != "all"}
+    low, high = (round(bound, 4) for bound in wilson(right["all"], len(facets)))
+    settings = {**settings, "n": len(facets)}
+    tell(
+        "scene_parser",
+        "all_right",
+        right["all"] / len(facets),
+        "share",
+        low=low,
+        high=high,
+        **shares,
+        **settings,
+    )
+    tell("scene_parser", "time", milliseconds, "ms/picture", **settings)
 
 
 def main() -> None:
-    """Print one line for each level, size and disturbance."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--tiny", action="store_true", help="40 scenes a case")
-    arguments.add_argument("--scenes", type=int, default=2000)
-    arguments.add_argument("--seed", type=int, default=0)
-    options = arguments.parse_args()
+    """Share of pictures entirely right, and milliseconds a picture, for each level, size and disturbance."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="40 scenes a case")
+    parser.add_argument("--scenes", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
     count = 40 if options.tiny else options.scenes
     for level in LEVELS:
         source = ScenesSource(level=level, images=count, seed=options.seed)
         scenes = [source.scene(row) for row in range(count)]
         for case, size, disturb in cases(options.seed):
-            images = disturb(render_many(scenes, size))
-            line = {"benchmark": "scene_parser", "level": level, "size": size, "case": case, "n": count}
-            print(json.dumps(line | measure(scenes, images)), flush=True)
+            measure(scenes, disturb(render_many(scenes, size)), {"level": level, "size": size, "case": case})
 
 
 if __name__ == "__main__":

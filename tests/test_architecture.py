@@ -26,7 +26,7 @@ ROWS = (
     ("pipelines", "distill", "cost"),
     ("training", "evaluation"),
     ("build", "server"),
-    ("measure",),
+    ("measure", "estimate"),
     ("cli",),
 )
 """Parts of the package, lowest first: a part imports lower rows, never a neighbour in its row."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shoestring.cost.flops import training_flops_per_image
 from shoestring.cost.ledger import Ledger
 from shoestring.data.encode import EncodeSettings, encode
 from shoestring.data.loader import Loader
@@ -29,7 +30,7 @@ from shoestring.recipes.load import changed_keys, dump, load_recipe
 from shoestring.recipes.schema import EdmObjective, Phase, Recipe, Scenes
 from shoestring.runtime import cpu_name, keyed_seed, pick_dtype, set_threads
 from shoestring.sampling.schedulers import make_scheduler
-from shoestring.storage import RunFolder, fingerprint, write_json, write_text
+from shoestring.storage import RunFolder, fingerprint, remove_leftovers, write_json, write_text
 from shoestring.training import checkpoint
 from shoestring.training.loop import LoopSettings, PhasePlan, Training, Turn
 from shoestring.training.optimizers import OptimizerSettings, lr_factor, make_optimizers
@@ -134,7 +135,7 @@ def load_weights(network: MicroDiT, path_or_id: str) -> None:
 
 
 def make_pipeline(recipe: Recipe, network: MicroDiT, store: Store) -> MicroDiTPipeline:
-    """A pipeline around a network (shared, not copied), with the store's encoders and the recipe's sampling."""
+    """A pipeline around a network (shared, not copied): the store's encoders, the recipe's sampling."""
     objective = recipe.objective
     prediction = "edm" if isinstance(objective, EdmObjective) else objective.prediction
     image, _ = split_revision(recipe.data.autoencoder)
@@ -178,6 +179,8 @@ def make_training(
 ) -> Training:
     """A run ready to train: a new one in a fresh folder, or one that goes on from its newest checkpoint."""
     check_claim(recipe, run, resume)
+    if resume:
+        remove_leftovers(run.root)
     saved = _newest_checkpoint(run, log) if resume else None
     images = saved.state["progress"]["images"] if saved else 0
     network = make_network(recipe, store, recipe.phases[0])
@@ -262,6 +265,15 @@ def plan_phase(
     )
 
 
+def phase_flops(recipe: Recipe, phase: Phase, store: Store) -> float:
+    """Forward and backward operations of one image in a phase, counted on shapes alone."""
+    with torch.device("meta"):
+        objective = make_objective(recipe, make_network(recipe, store, phase))
+    enter_phase(recipe, phase, store, objective)
+    loader = Loader(store, size=phase.size, batch_size=8, seed=recipe.seed)
+    return training_flops_per_image(objective, loader.batch(0, 8))
+
+
 def preview(recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, run: RunFolder, images: int) -> None:
     """Pictures of the same prompts and seeds every time, as one PNG and a JSON of how they were made."""
     prompts = list(recipe.train.preview_prompts or held_out_captions(store, PREVIEWS))
@@ -294,8 +306,8 @@ def check_claim(recipe: Recipe, run: RunFolder, resume: bool) -> None:
         )
     if changed := changed_keys(load_recipe(run.recipe), recipe):
         raise RecipeError(
-            f"{run.recipe}: the recipe has changed since the run began: {'; '.join(changed)}. Resume with the "
-            "same recipe, or start a new run with --name (and `--set init=...` for its weights)."
+            f"{run.recipe}: the recipe has changed since the run began: {'; '.join(changed)}. Resume with "
+            "the same recipe, or start a new run with --name (and `--set init=...` for its weights)."
         )
 
 

@@ -40,6 +40,8 @@ def pick_device(name: str = "auto") -> torch.device:
     }
     if device.type not in there or not there[device.type]():
         raise RecipeError(f"device {name!r}: not available here. Use --device cpu or auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"device {name!r}: there are {torch.cuda.device_count()}, counted from cuda:0.")
     return device
 
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,10 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from shoestring.errors import CheckpointError, OutputError
 
 _BLOCK = 1 << 22
 _ASIDE = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),  # a file where a folder should be, or the reverse
+)
 
 
 @contextmanager
@@ -29,16 +37,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}{_ASIDE}")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
             _flush(aside)
-            if path.is_dir() and aside.is_dir():
-                shutil.rmtree(path)
+            if path.is_dir():  # a folder cannot be replaced in one step: the old one steps aside, then goes
+                os.replace(path, old)
             os.replace(aside, path)
         finally:
             _remove(aside)
+            _remove(old)
 
 
 @contextmanager
@@ -46,23 +56,30 @@ def writing_to(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals while writing below `path` into one clear `OutputError`."""
     try:
         yield
-    except OSError as error:
-        raise_output_error(error, path)
+    except (OSError, SafetensorError) as error:
+        raise_output_error(_refusal(error), path)
         raise
 
 
 def raise_output_error(error: OSError, path: Path) -> None:
     """Raise `OutputError` where `error` says that the disk is full or may not be written; else return."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         free = shutil.disk_usage(_existing_parent(Path(path))).free
         raise OutputError(
             f"{path}: the disk is full ({free / 2**20:.0f} MiB free). "
             "Nothing half-written was kept; free some space and run the same command again."
         ) from error
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in _REFUSED:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}). Choose another folder or change its permissions."
         ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed left half-written below `folder`."""
+    with writing_to(folder):
+        for leftover in list(folder.rglob(f".*{_ASIDE}")):
+            _remove(leftover)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -177,6 +194,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _refusal(error: OSError | SafetensorError) -> OSError:
+    """The operating system's error; safetensors only names its number."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _existing_parent(path: Path) -> Path:

@@ -90,7 +90,7 @@ def test_published_weights_survive_the_way_there_and_back(published: Any) -> Non
 
 
 def test_positions_equal_the_stored_ones(published: Any) -> None:
-    network, t, config = published
+    _, t, config = published
     side = config["input_size"] // config["patch_size"]
     positions = grid_positions(side, side, config["pos_interp_scale"], torch.device("cpu"))
     assert torch.allclose(sincos_positions(positions, config["dim"]), t["weights.pos_embed"], atol=1e-5)
@@ -222,7 +222,7 @@ def test_ratios_and_expert_positions_read_as_documented() -> None:
     ("change", "message"),
     [
         ({"hidden_size": 1000, "head_dim": 16}, "must be divisible by head_dim 16; nearest: 992 or 1008"),
-        ({"positions": "spiral"}, "Use sincos or sincos\+rope"),
+        ({"positions": "spiral"}, r"Use sincos or sincos\+rope"),
     ],
 )
 def test_impossible_settings_say_what_is_possible(change: dict[str, Any], message: str) -> None:

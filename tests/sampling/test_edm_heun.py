@@ -39,9 +39,7 @@ def gaussian_error(steps: int, deviation: float = 0.5) -> float:
 def test_the_error_on_gaussian_data_is_second_order() -> None:
     errors = [gaussian_error(steps) for steps in (40, 80, 160)]
     assert errors[-1] < 1e-3
-    assert all(
-        coarse / fine == pytest.approx(4, rel=0.25) for coarse, fine in pairwise(errors)
-    )
+    assert all(coarse / fine == pytest.approx(4, rel=0.25) for coarse, fine in pairwise(errors))
 
 
 @torch.no_grad()

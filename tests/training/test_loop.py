@@ -112,7 +112,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("stop", [8, 24, 40, 48, 64, 72])
 def test_a_run_stopped_anywhere_goes_on_exactly(tmp_path: Path, stop: int, kind: str) -> None:
-    """Weights, averages, losses and rates of a stopped and resumed run equal an unbroken one's bit for bit."""
+    """Weights, averages, losses and rates equal an unbroken run's bit for bit."""
     whole, _ = make(tmp_path / "whole", kind=kind)
     assert whole.train()
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    import torch
-
-    from shoestring.recipes.schema import Recipe
 
 INTERRUPTED = 130
 
@@ -32,7 +27,8 @@ def demo(
 
     A run that was stopped goes on; one that is finished is only measured again.
     """
-    from shoestring import build
+    from shoestring import build, estimate
+    from shoestring.errors import RecipeError
     from shoestring.measure import measure_run
     from shoestring.recipes.load import load_recipe
     from shoestring.runtime import pick_device
@@ -43,12 +39,14 @@ def demo(
     chosen = pick_device(device)
     run = RunFolder(runs / (name or (f"demo-{minutes:g}min" if minutes else "demo")))
     resume = run.recipe.is_file()
-    if resume:
-        recipe = load_recipe(run.recipe)
-    else:
-        recipe = load_recipe("demo", [*(set_ or ()), f"name={run.root.name}"])
-        if minutes:
-            recipe = _fitted(recipe, minutes, chosen)
+    sets = [*(set_ or ()), f"name={run.root.name}"]
+    if resume and minutes:
+        sets = []  # images that were fitted into minutes stay as they are
+    recipe = load_recipe(run.recipe if resume else "demo", sets)
+    if recipe.data.scenes is None:
+        raise RecipeError("--set data.store: the demo is of scenes. Use shoestring train demo --set ...")
+    if minutes and not resume:
+        recipe = estimate.fitted(recipe, minutes, chosen, _say)
     store = build.open_store(recipe, device=chosen, log=_say)
     training = build.make_training(recipe, run, store, device=chosen, resume=resume, log=_say)
     if training.finished:
@@ -66,19 +64,6 @@ def demo(
         f"({pairs['value']:.3f} of unseen pairs), {training.progress.images:,} images seen, "
         f"{spent:.1f} minutes, report: {report}"
     )
-
-
-def _fitted(recipe: Recipe, minutes: float, device: torch.device) -> Recipe:
-    """The recipe with its phases' images scaled so that training takes about `minutes` on this machine."""
-    from shoestring import build
-
-    store = build.open_store(recipe, device=device, log=_say)
-    rates = build.measured_rates(recipe, store, device)
-    seconds = sum(phase.images / rate for phase, rate in zip(recipe.phases, rates, strict=True))
-    fitted = build.scaled(recipe, minutes * 60 / seconds)
-    speeds = ", ".join(f"{phase.name} {rate:.0f}" for phase, rate in zip(recipe.phases, rates, strict=True))
-    _say(f"Measured images/s: {speeds}. {minutes:g} minutes make {fitted.images:,} images.")
-    return fitted
 
 
 def _say(text: str) -> None:

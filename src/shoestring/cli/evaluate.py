@@ -12,13 +12,15 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")],
     prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts a split.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Pictures of each prompt.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps, at least 1.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Measure a run: scene accuracy where its data are scenes, and loss on held-out images in any case."""
+    from shoestring.cli.sample import check_numbers
+
+    check_numbers(steps, guidance)
+
     from shoestring.measure import measure_run
     from shoestring.runtime import pick_device
     from shoestring.storage import RunFolder

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from shoestring.errors import RecipeError
 
 
 def sample(
@@ -14,7 +17,9 @@ def sample(
     ],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; several allowed.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures and their grid.")] = Path("samples"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Seed of the first picture; the next ones count up.")
+    ] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Sampler steps, at least 1.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
@@ -25,12 +30,7 @@ def sample(
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
 ) -> None:
     """Draw prompts: one PNG each, with prompt, seed and settings in its metadata, and a grid of all."""
-    from shoestring.errors import RecipeError
-
-    if steps is not None and steps < 1:
-        raise RecipeError(f"--steps {steps}: must be at least 1.")
-    if guidance is not None and guidance < 0:
-        raise RecipeError(f"--guidance {guidance}: must be 0 or more; 1 is none.")
+    check_numbers(steps, guidance)
 
     from shoestring.pipelines.generate import generate, save_grid, save_png, warn_cut_prompts
     from shoestring.pipelines.load import load
@@ -56,3 +56,11 @@ def sample(
         typer.echo(f"{path}  seed {picture.seed}  {picture.prompt}")
     save_grid(images, out / "grid.png", columns=count if count > 1 else None)
     typer.echo(f"{out / 'grid.png'}  {len(images)} pictures")
+
+
+def check_numbers(steps: int | None, guidance: float | None) -> None:
+    """Raise `RecipeError` for settings with which nothing can be drawn."""
+    if steps is not None and steps < 1:
+        raise RecipeError(f"--steps {steps}: must be at least 1.")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise RecipeError(f"--guidance {guidance}: must be a number from 0; 1 is none.")

@@ -33,7 +33,7 @@ def train(
     ] = False,
 ) -> None:
     """Train by a recipe. Ctrl-C saves a checkpoint; `--resume` goes on from it exactly."""
-    from shoestring import build
+    from shoestring import build, estimate
     from shoestring.recipes.load import dump
     from shoestring.runtime import pick_device
     from shoestring.storage import RunFolder
@@ -42,7 +42,7 @@ def train(
     loaded, run = _recipe_and_run(recipe, sets, name, runs)
     if dry_run:
         typer.echo(dump(loaded), nl=False)
-        for line in build.cost_lines(loaded, pick_device(device)):
+        for line in estimate.cost_lines(loaded, pick_device(device)):
             typer.echo(f"# {line}")
         return
     chosen = pick_device(device)
@@ -70,11 +70,13 @@ def _recipe_and_run(recipe: str, sets: list[str], name: str | None, runs: Path) 
     """The resolved recipe and the run's folder; a run folder in place of a recipe means its own recipe."""
     from shoestring.recipes.load import load_recipe
 
+    if name:
+        sets = [*sets, f"name={name}"]
     folder = Path(recipe)
-    if folder.is_dir() and (folder / "recipe.yaml").is_file():
+    if (folder / "recipe.yaml").is_file():
         loaded = load_recipe(folder / "recipe.yaml", sets)
-        return loaded, (runs / name if name else folder)
-    loaded = load_recipe(recipe, [*sets, *([f"name={name}"] if name else [])])
+        return loaded, runs / loaded.name if name else folder
+    loaded = load_recipe(recipe, sets)
     return loaded, runs / loaded.name
 
 

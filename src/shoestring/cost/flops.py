@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,12 +25,7 @@ def training_flops_per_image(objective: Objective, batch: Batch) -> float:
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
     """Measured FLOP/s of a size x size matrix product on this machine: best of repeated runs."""
-    import time
-
-    a, b = (
-        torch.randn(size, size, device=device, dtype=dtype),
-        torch.randn(size, size, device=device, dtype=dtype),
-    )
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best, stop = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < stop:
         start = time.perf_counter()

@@ -11,7 +11,7 @@ from shoestring.storage import write_json
 
 @dataclass
 class PhaseCost:
-    """Cost of one phase. `seconds` is time in steps; the ledger's `extra` has saving, previews, evaluation."""
+    """Cost of one phase. `seconds` is time in steps; saving, previews, evaluation are in `Ledger.extra`."""
 
     name: str
     size: int

@@ -30,7 +30,7 @@ import shoestring
 from shoestring.data.rows import Row, Source
 from shoestring.data.seal import check_bad, seal
 from shoestring.data.shards import FileEntry, write_lines, write_shard
-from shoestring.data.store import BEGUN, FORMAT, MANIFEST, Store, marker_name, shard_name
+from shoestring.data.store import BEGUN, FORMAT, MANIFEST, Store, marker_name, shard_name, split_revision
 from shoestring.data.transforms import BadImage, Prepared, mirrored, prepare, says_side
 from shoestring.errors import ShoestringError, SourceError, StoreError
 from shoestring.interfaces import Log
@@ -135,7 +135,7 @@ class _Models:
 
     @classmethod
     def load(cls, settings: EncodeSettings, device: torch.device) -> _Models:
-        image, text = _revision(settings.autoencoder), _revision(settings.text_encoder)
+        image, text = split_revision(settings.autoencoder), split_revision(settings.text_encoder)
         autoencoder = load_autoencoder(image[0], revision=image[1])
         encoder = load_text_encoder(
             text[0], max_tokens=settings.max_tokens, pad=settings.pad, revision=text[1]
@@ -468,11 +468,3 @@ def _differences(begun: Any, asked: Any, name: str = "") -> Iterator[str]:
             yield from _differences(begun.get(key), asked.get(key), f"{name}.{key}".lstrip("."))
     elif begun != asked:
         yield f"{name} {begun} there, {asked} now"
-
-
-def _revision(name: str) -> tuple[str, str | None]:
-    """(`owner/name`, revision) of `owner/name@revision`; local paths stay whole."""
-    if Path(name).exists() or "@" not in name:
-        return name, None
-    place, _, revision = name.rpartition("@")
-    return place, revision

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Loader:
         """Images in one epoch."""
         return len(self.split)
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """This process's part of the global batches from position `start` of the run up to `stop`.
 
         The last batch may be short. Close the iterator (or leave the loop) to stop the thread.

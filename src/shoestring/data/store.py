@@ -111,6 +111,11 @@ class Store:
         return str(self.manifest["text_encoder"]["pad"])
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens that the longest caption may have; longer ones were cut."""
+        return int(self.manifest["text_encoder"]["max_tokens"])
+
+    @property
     def null_text(self) -> Tensor:
         """The caption that says nothing: one zero token (1, C)."""
         return torch.zeros(1, self.text_width)
@@ -211,15 +216,17 @@ class Store:
         autoencoder: str | None = None,
         text_encoder: str | None = None,
         pad: str | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         """Raise `StoreError` where the store was made with other sizes or encoders than asked for."""
         asked = {
-            "autoencoder": (autoencoder, self.manifest["autoencoder"]["id"]),
-            "text encoder": (text_encoder, self.manifest["text_encoder"]["id"]),
+            "autoencoder": (autoencoder, _full_name(self.manifest["autoencoder"])),
+            "text encoder": (text_encoder, _full_name(self.manifest["text_encoder"])),
             "pad": (pad, self.pad),
+            "max tokens": (max_tokens, self.max_tokens),
         }
         for name, (wanted, here) in asked.items():
-            if wanted is not None and not _same_place(wanted, here):
+            if wanted is not None and not _same(str(wanted), str(here)):
                 raise StoreError(
                     f"{self.path}: made with the {name} {here}, the recipe asks for {wanted}. "
                     f"Change the recipe, or make another store with --{name.replace(' ', '-')} {wanted}."
@@ -367,8 +374,20 @@ def _why_not(path: Path) -> str:
     )
 
 
-def _same_place(one: str, other: str) -> bool:
-    """True for the same name, or two ways to write one local path."""
-    if one == other:
+def split_revision(name: str) -> tuple[str, str | None]:
+    """(`owner/name`, revision) of `owner/name@revision`; local paths stay whole."""
+    if Path(name).exists() or "@" not in name:
+        return name, None
+    place, _, revision = name.rpartition("@")
+    return place, revision
+
+
+def _full_name(encoder: Mapping[str, Any]) -> str:
+    return f"{encoder['id']}@{encoder['revision']}" if encoder["revision"] else str(encoder["id"])
+
+
+def _same(wanted: str, here: str) -> bool:
+    """True for the same name, two ways to write one local path, or a name without the revision."""
+    if wanted in (here, split_revision(here)[0]):
         return True
-    return Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
+    return Path(wanted).exists() and Path(here).exists() and Path(wanted).resolve() == Path(here).resolve()

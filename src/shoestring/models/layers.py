@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -130,8 +130,9 @@ class Attention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = AttentionProcessor
     _available_processors = [AttentionProcessor]
     processor: AttentionProcessor
-    norm_q: nn.Module
-    norm_k: nn.Module
+    set_processor: Callable[[AttentionProcessor], None]
+    norm_q: nn.RMSNorm | nn.LayerNorm
+    norm_k: nn.RMSNorm | nn.LayerNorm
     to_qkv: nn.Linear  # these two where diffusers' fuse_projections made them
     to_kv: nn.Linear
 
@@ -180,15 +181,17 @@ class Attention(nn.Module, AttentionModuleMixin):
             _, key, value = self.to_qkv(context).chunk(3, dim=-1)
         else:
             key, value = self.to_k(context), self.to_v(context)
-        rotary = None if self.is_cross_attention else rotary
         return self._heads(key, self.norm_k, rotary), value.unflatten(-1, (self.heads, self.head_dim))
 
     def _heads(self, x: Tensor, norm: nn.Module, rotary: Tensor | None) -> Tensor:
+        """(B, N, H * head_dim) -> (B, N, H, head_dim), normalised and turned."""
+        shape = (self.heads, self.head_dim)
         if self.per_head_norm:
-            x = norm(x.unflatten(-1, (self.heads, self.head_dim)))
+            wide = x.unflatten(-1, shape).to(self.norm_q.weight.dtype)  # under autocast: as its weights
+            heads = norm(wide).to(x.dtype)
         else:
-            x = norm(x).unflatten(-1, (self.heads, self.head_dim))
-        return x if rotary is None or self.is_cross_attention else rotate(x, rotary)
+            heads = norm(x).unflatten(-1, shape)
+        return heads if rotary is None else rotate(heads, rotary)
 
     def forward(
         self,

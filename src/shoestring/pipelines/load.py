@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import is_accelerate_available, logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 
 from shoestring.errors import CheckpointError
 from shoestring.pipelines.microdit import MicroDiTPipeline
@@ -41,12 +42,21 @@ def load(path_or_id: str | Path, **kwargs: Any) -> DiffusionPipeline:
     index = folder / _INDEX if folder.is_dir() else _download_index(name, kwargs.get("revision"))
     if not index.is_file():
         raise CheckpointError(f"{name}: no pipeline here (no {_INDEX}). Give a run or a pipeline folder.")
-    class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    try:
+        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read ({error}). Export or download it again.") from error
     pipeline_class = _OURS.get(class_name, DiffusionPipeline)
     kwargs.setdefault("dtype", torch.float32)
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # else diffusers warns at each part
-    with _no_progress_bar():
-        return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
+    try:
+        with _no_progress_bar():
+            return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{name}: a part of the pipeline is missing or damaged ({str(error).splitlines()[0]}). "
+            "Export or download it again."
+        ) from error
 
 
 @contextmanager

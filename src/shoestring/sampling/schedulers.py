@@ -1,4 +1,4 @@
-"""Schedulers by the names of recipes and commands; EDM ones precondition with `sigma_data`, flow ones do not."""
+"""Schedulers by their names in recipes and commands; EDM ones precondition with `sigma_data`."""
 
 from __future__ import annotations
 

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from shoestring.errors import CheckpointError
 from shoestring.interfaces import Log
@@ -41,9 +44,10 @@ class Checkpoint:
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
         }
         with _quiet():
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            load_distributed(tensors, storage_reader=reader, no_dist=True)
         return tensors
 
 
@@ -54,8 +58,11 @@ def save(folder: Path, images: int, tensors: Mapping[str, Tensor], state: Mappin
         (aside / "tensors").mkdir(parents=True)
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         writer = HuggingFaceStorageWriter(str(aside / "tensors"), save_distributed=True)
-        with _quiet():
-            dcp.save(contiguous, storage_writer=writer, no_dist=True)
+        try:
+            with _quiet():
+                save_distributed(contiguous, storage_writer=writer, no_dist=True)
+        except CheckpointException as error:  # a BaseException; what went wrong is inside
+            raise next(iter(error.failures.values()))[0] from error
         write_json(aside / "state.json", state)
         write_json(aside / "manifest.json", {name: sha256(aside / name) for name in _files(aside)})
         (aside / _MARKER).touch()

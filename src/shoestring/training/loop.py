@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -83,7 +83,7 @@ class PhasePlan:
     name: str
     images: int
     enter: Callable[[], None]
-    batches: Callable[[int], Iterator[Batch]]
+    batches: Callable[[int], Generator[Batch, None, None]]
     lr: Callable[[int], float]
     cost: Callable[[], Cost]
     flops_per_image: float = 0.0
@@ -157,7 +157,7 @@ class Training:
 
     def train(self) -> bool:
         """Run to the end; True when finished, False when stopped on request (a checkpoint was saved)."""
-        with _stop_on_signal() as stop_asked:
+        with _stop_on_signal() as stop_asked, closing(self.trackers):
             while not self.finished:
                 phase = self.phases[self.progress.phase]
                 self._enter(phase)
@@ -189,8 +189,7 @@ class Training:
     def _run_phase(self, phase: PhasePlan, stop_asked: Callable[[], bool]) -> bool:
         progress, memory = self.progress, PeakMemory(self.settings.device)
         memory.reset()
-        batches = phase.batches(progress.phase_images)
-        try:
+        with closing(phase.batches(progress.phase_images)) as batches:
             while progress.phase_images < phase.images:
                 started = time.perf_counter()
                 batch = next(batches).to(self.settings.device)
@@ -207,9 +206,6 @@ class Training:
                     return False
                 if progress.phase_images < phase.images and self._due("checkpoint_every", len(batch)):
                     self.save()
-        finally:
-            if isinstance(batches, Iterator) and hasattr(batches, "close"):
-                batches.close()
         return True
 
     def step(self, phase: PhasePlan, batch: Batch) -> tuple[float, float]:
@@ -331,11 +327,16 @@ class Training:
     def _event(self, text: str) -> None:
         self.trackers.log({"kind": "event", "images": self.progress.images, "text": text})
 
-    # --- checkpoints -----------------------------------------------------------------------------------------
+    # --- checkpoints -------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of the run as it stands, then what the caller keeps at each (the pipeline)."""
+        """Write what the caller keeps at each checkpoint (the pipeline), then the checkpoint itself.
+
+        In this order a run that a checkpoint calls finished has its pipeline, wherever it was killed.
+        """
         started = time.perf_counter()
+        with self.averaged():
+            self.on_checkpoint(self.progress.images)
         tensors: dict[str, Tensor] = {}
         for turn in self.turns:
             tensors |= _prefixed(f"model/{turn.name}/", turn.objective.trained.state_dict())
@@ -349,8 +350,6 @@ class Training:
         }
         checkpoint.save(self.run.checkpoints, self.progress.images, tensors, state)
         checkpoint.keep_last(self.run.checkpoints, self.settings.keep)
-        with self.averaged():
-            self.on_checkpoint(self.progress.images)
         self.ledger.spend("checkpoint_seconds", time.perf_counter() - started)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:

@@ -24,20 +24,24 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """Appends records to a file, one JSON object a line; on resume drops those the run will write again."""
+    """Appends records to a file, one JSON object a line; a resumed run writes none of them twice."""
 
     def __init__(self, path: Path, images: int = 0) -> None:
         self.path = path
+        self.kept: list[str] = []
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _images_of(line) <= images]
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            self.kept = [line for line in lines if _images_of(line) <= images]
+            write_text(path, "".join(f"{line}\n" for line in self.kept))
 
     def log(self, record: Record) -> None:
+        line = json.dumps(record, ensure_ascii=False)
+        if line in self.kept:  # the beginning of a phase, met again
+            return
         with writing_to(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(line + "\n")
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -53,7 +57,8 @@ class TensorBoard:
             raise RecipeError(
                 "train.trackers: tensorboard is not installed. Run pip install 'shoestring[tensorboard]'."
             ) from None
-        self.writer = SummaryWriter(str(folder), purge_step=images)
+        with writing_to(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=images)
 
     def log(self, record: Record) -> None:
         for name, value in _scalars(record).items():

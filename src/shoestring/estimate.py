@@ -1,0 +1,117 @@
+"""A recipe before it is trained: what it will cost, and how much of it fits into some minutes here."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoestring import build
+from shoestring.cost.ledger import Ledger
+from shoestring.data.store import Store
+from shoestring.errors import StoreError
+from shoestring.interfaces import Log
+from shoestring.recipes.schema import Ema, Phase, Recipe
+from shoestring.runtime import pick_dtype
+from shoestring.storage import RunFolder
+from shoestring.training.loop import LoopSettings, Training
+from shoestring.training.tracking import Trackers, flops_text
+
+WARM_UP_STEPS = 2
+MEASURED_SECONDS = 2.0
+
+
+def cost_lines(recipe: Recipe, device: torch.device) -> list[str]:
+    """What a run will train and what it costs, for people; scenes are tried out on a few, kept nowhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            store = _store_to_try(recipe, Path(folder), device)
+        except StoreError as error:
+            return [f"cost: unknown until the store is there. {error}"]
+        with torch.device("meta"):
+            network = build.make_network(recipe, store, recipe.phases[0])
+        lines = [f"parameters: {sum(p.numel() for p in network.parameters()):,}"]
+        total = 0.0
+        for phase in recipe.phases:
+            flops = build.phase_flops(recipe, phase, store)
+            total += flops * phase.images
+            lines.append(
+                f"phase {phase.name}: {phase.images:,} images of {phase.size} px, mask {phase.mask:g}: "
+                f"{flops_text(flops)} an image, {flops_text(flops * phase.images)}"
+            )
+    return [*lines, f"all phases: {recipe.images:,} images, {flops_text(total)}"]
+
+
+def fitted(recipe: Recipe, minutes: float, device: torch.device, log: Log) -> Recipe:
+    """The recipe with its counts of images scaled so that its phases take about `minutes` here."""
+    store = build.open_store(recipe, device=device, log=log)
+    rates = [images_per_second(recipe, phase, store, device) for phase in recipe.phases]
+    seconds = sum(phase.images / rate for phase, rate in zip(recipe.phases, rates, strict=True))
+    result = scaled(recipe, minutes * 60 / seconds)
+    speeds = ", ".join(f"{phase.name} {rate:.0f}" for phase, rate in zip(recipe.phases, rates, strict=True))
+    log(f"Measured images/s: {speeds}. {minutes:g} minutes make {result.images:,} images.")
+    return result
+
+
+def images_per_second(recipe: Recipe, phase: Phase, store: Store, device: torch.device) -> float:
+    """Speed of a phase on this machine, from a few seconds of real steps that are thrown away."""
+    endless = phase.model_copy(update={"images": 10**12})
+    objective = build.make_objective(recipe, build.make_network(recipe, store, phase).to(device))
+    ledger = Ledger("", "", 0, "", 0)
+    plan = build.plan_phase(recipe, endless, 0, store, objective, ledger)
+    settings = LoopSettings(device, pick_dtype(recipe.train.dtype, device), recipe.train.microbatch)
+    turns = [build.make_turn(recipe, objective)]
+    training = Training(turns, [plan], RunFolder(Path()), Trackers([]), settings, ledger)
+    plan.enter()
+    batches = plan.batches(0)
+    for _ in range(WARM_UP_STEPS):
+        training.step(plan, next(batches).to(device))
+    images, started, seconds = 0, time.perf_counter(), 0.0
+    while seconds < MEASURED_SECONDS:
+        batch = next(batches)
+        training.step(plan, batch.to(device))
+        images += len(batch)
+        seconds = time.perf_counter() - started
+    batches.close()
+    return images / seconds
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with every count of training images multiplied, phases rounded to whole batches."""
+    train: dict[str, Any] = {
+        key: max(1, round(count * factor))
+        for key in ("checkpoint_every", "preview_every")
+        if (count := getattr(recipe.train, key)) is not None
+    }
+    changes = {
+        "phases": tuple(_scaled_phase(phase, factor) for phase in recipe.phases),
+        "train": recipe.train.model_copy(update=train),
+        "ema": _scaled_ema(recipe.ema, factor),
+    }
+    return Recipe.model_validate(recipe.model_copy(update=changes).model_dump())
+
+
+def _scaled_phase(phase: Phase, factor: float) -> Phase:
+    images = max(1, round(phase.images * factor / phase.batch)) * phase.batch
+    ema = phase.ema if isinstance(phase.ema, str) else _scaled_ema(phase.ema, factor)
+    warmup = min(int(phase.warmup * factor), images - 1)
+    return phase.model_copy(update={"images": images, "warmup": warmup, "ema": ema})
+
+
+def _scaled_ema(ema: Ema | None, factor: float) -> Ema | None:
+    return ema and ema.model_copy(update={"start": int(ema.start * factor)})
+
+
+def _store_to_try(recipe: Recipe, folder: Path, device: torch.device) -> Store:
+    """The recipe's store, or a few of its scenes encoded into `folder`."""
+    if recipe.data.scenes is None:
+        return build.open_store(recipe, device=device, log=_nowhere)
+    few = recipe.data.scenes.model_copy(update={"images": 64, "held_out": 1})
+    return build.scenes_store(recipe, few, folder, device, _nowhere)
+
+
+def _nowhere(text: str) -> None:
+    """For lines that nobody needs."""
