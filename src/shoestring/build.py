@@ -150,6 +150,7 @@ def make_pipeline(recipe: Recipe, network: MicroDiT, store: Store) -> MicroDiTPi
         recipe.sampling.scheduler,
         prediction=prediction,
         sigma_data=getattr(objective, "sigma_data", None),
+        shift=recipe.sampling.shift,
     )
     return MicroDiTPipeline(
         transformer=network,

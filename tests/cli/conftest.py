@@ -122,7 +122,7 @@ def metrics() -> Callable[[Path], list[dict[str, Any]]]:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """`with full_disk("ledger"):` no file below here with the word in its path reaches the disk any more."""
+    """Within `full_disk("ledger")`, no file with that word in its path reaches the disk."""
     fsync = os.fsync
 
     @contextlib.contextmanager

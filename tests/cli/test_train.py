@@ -171,7 +171,7 @@ def test_resuming_with_a_changed_recipe_names_the_keys(
 
 def start(recipe: Path, folder: Path, *words: str) -> subprocess.Popen[str]:
     """A training in a process of its own, long enough to be stopped."""
-    sets = [f"phases.{i}.images=1920" for i in (0, 1)]
+    sets = [f"phases.{i}.images=960" for i in (0, 1)]
     command = [sys.executable, "-m", "shoestring", "train", str(recipe), *words]
     for each in (*sets, "train.log_every=24", "train.preview_every=null"):
         command += ["--set", each]
@@ -199,7 +199,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
     empty: Path, tiny: Path, metrics: Any, command: Any
 ) -> None:
     process = start(tiny, empty)
-    wait_for(empty, 500, process)
+    wait_for(empty, 300, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -222,7 +222,7 @@ def test_a_killed_run_resumes_bit_for_bit(empty: Path, tiny: Path, metrics: Any)
     unbroken = start(tiny, empty, "--name", "unbroken")
     assert unbroken.wait() == 0
     process = start(tiny, empty)
-    for images in (500, 1200, 2500):
+    for images in (200, 700, 1300):
         wait_for(empty, images, process)
         process.kill()
         process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from shoestring.errors import RecipeError
 from shoestring.recipes.schema import SCHEDULERS
@@ -17,6 +18,13 @@ def test_recipes_and_code_know_the_same_names() -> None:
 def test_edm_schedulers_take_the_objectives_sigma_data(name: str) -> None:
     scheduler = make_scheduler(name, prediction="edm", sigma_data=0.7)
     assert scheduler.config.sigma_data == 0.7
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_flow_schedulers_shift_their_times_as_stated(name: str) -> None:
+    """Each sigma s becomes 3 s / (1 + 2 s)."""
+    plain, shifted = (make_scheduler(name, prediction="x0", shift=shift) for shift in (1.0, 3.0))
+    assert torch.allclose(shifted.sigmas, 3 * plain.sigmas / (1 + 2 * plain.sigmas), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoestring.errors import RecipeError
+from shoestring.errors import CheckpointError, RecipeError
 
 
 def sample(
@@ -37,11 +37,20 @@ def sample(
     from shoestring.runtime import pick_device
     from shoestring.sampling.schedulers import make_scheduler
 
-    pipeline = load(model).to(pick_device(device))
+    chosen = pick_device(device)
+    pipeline = load(model).to(chosen)
+    if not hasattr(pipeline.config, "default_steps"):
+        raise CheckpointError(
+            f"{model}: a {type(pipeline).__name__}, which `shoestring sample` cannot prompt. "
+            "Use it in Python: shoestring.load(...) gives the pipeline."
+        )
     if scheduler is not None:
-        sigma_data = getattr(pipeline.scheduler.config, "sigma_data", None)
+        trained = pipeline.scheduler.config
         pipeline.scheduler = make_scheduler(
-            scheduler, prediction=pipeline.config.prediction, sigma_data=sigma_data
+            scheduler,
+            prediction=pipeline.config.prediction,
+            sigma_data=getattr(trained, "sigma_data", None),
+            shift=getattr(trained, "shift", 1.0),
         )
     for line in warn_cut_prompts(pipeline, prompts):
         typer.echo(line, err=True)

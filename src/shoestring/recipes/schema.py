@@ -236,6 +236,7 @@ class Sampling(Section):
     scheduler: str
     steps: Count = 30
     guidance: NotNegative = 1.0
+    shift: Positive = 1.0
 
 
 class Evaluation(Section):
@@ -376,6 +377,8 @@ def _objective_problems(recipe: Recipe) -> Problems:
             f"{recipe.sampling.scheduler!r} does not fit objective {objective.kind}. "
             f"Allowed: {', '.join(fitting)}.",
         )
+    if recipe.sampling.shift != 1 and objective.kind != "flow":
+        yield "sampling.shift", "has no effect with an EDM scheduler. Leave it out."
 
 
 def _phase_problems(recipe: Recipe) -> Problems:

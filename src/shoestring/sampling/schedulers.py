@@ -24,13 +24,17 @@ FLOW: dict[str, Callable[..., SchedulerMixin]] = {
 }
 
 
-def make_scheduler(name: str, *, prediction: str, sigma_data: float | None = None) -> SchedulerMixin:
+def make_scheduler(
+    name: str, *, prediction: str, sigma_data: float | None = None, shift: float = 1.0
+) -> SchedulerMixin:
     """The scheduler `name` for a network that predicts `prediction` ("edm", "velocity" or "x0").
 
-    Raises `RecipeError` for an unknown name and for one of the other kind.
+    EDM schedulers take `sigma_data`; flow schedulers take `shift`: times t become
+    shift t / (1 + (shift - 1) t), above 1 with more steps near the noise. Raises `RecipeError` for an
+    unknown name and for one of the other kind.
     """
     fitting = EDM if prediction == "edm" else FLOW
     if name not in fitting:
         problem = f"does not fit prediction {prediction}" if name in EDM | FLOW else "unknown"
         raise RecipeError(f"scheduler {name!r}: {problem}. Use {', '.join(fitting)}.")
-    return fitting[name](sigma_data=sigma_data) if prediction == "edm" else fitting[name]()
+    return fitting[name](sigma_data=sigma_data) if prediction == "edm" else fitting[name](shift=shift)
