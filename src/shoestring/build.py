@@ -16,7 +16,8 @@ from shoestring.data.loader import Loader
 from shoestring.data.sources import open_source
 from shoestring.data.store import MANIFEST, Store, split_revision
 from shoestring.errors import CheckpointError, RecipeError
-from shoestring.interfaces import Batch, Log
+from shoestring.evaluation.run import held_out_loss
+from shoestring.interfaces import Batch, Log, MetricRow
 from shoestring.models.autoencoders import load_autoencoder
 from shoestring.models.microdit import MicroDiT, load_strictly
 from shoestring.models.text_encoders import load_text_encoder
@@ -39,6 +40,7 @@ from shoestring.training.tracking import Console, JsonLines, TensorBoard, Tracke
 AnyObjective = EDMObjective | FlowObjective
 
 PREVIEWS = 8
+LOSS_BATCH = 64
 
 
 # --- data ------------------------------------------------------------------------------------------------
@@ -216,8 +218,8 @@ def make_training(
         ),
         ledger=ledger,
         on_checkpoint=lambda images: _keep(pipeline, ledger, run),
-        on_preview=lambda images: preview(recipe, pipeline, store, run, images),
     )
+    training.on_preview = lambda images: _look(training, recipe, pipeline, store, images)
     if saved:
         training.restore(saved)
     write_text(run.recipe, dump(recipe))
@@ -273,6 +275,30 @@ def phase_flops(recipe: Recipe, phase: Phase, store: Store) -> float:
     enter_phase(recipe, phase, store, objective)
     loader = Loader(store, size=phase.size, batch_size=8, seed=recipe.seed)
     return training_flops_per_image(objective, loader.batch(0, 8))
+
+
+def _look(training: Training, recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, images: int) -> None:
+    """What is looked at while a run trains: pictures, and the loss on held-out images where there are any."""
+    preview(recipe, pipeline, store, training.run, images)
+    split = next((name for name in store.splits if name != "train"), None)
+    if split is None:
+        return
+    phase = recipe.phases[training.progress.phase]
+    objective: Any = training.turns[0].objective
+    rows = held_out_rows(recipe, objective, store, split, phase.size, training.settings.device)
+    by_noise = {row["facet"].removeprefix("log_sigma="): row["value"] for row in rows}
+    record = {"kind": "held_out", "images": images, "loss": by_noise.pop("all"), "by_noise": by_noise}
+    training.trackers.log(record)
+
+
+def held_out_rows(
+    recipe: Recipe, objective: AnyObjective, store: Store, split: str, size: int, device: torch.device
+) -> list[MetricRow]:
+    """The loss at the recipe's fixed noise levels over the first images of a held-out split."""
+    count = min(recipe.evaluation.loss_images, len(store.splits[split]))
+    loader = Loader(store, size=size, split=split, batch_size=LOSS_BATCH, seed=recipe.seed)
+    batches = (batch.to(device) for batch in loader.batches(0, count))
+    return held_out_loss(objective.loss_at, batches, recipe.evaluation.loss_levels, split=split)
 
 
 def preview(recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, run: RunFolder, images: int) -> None:

@@ -11,7 +11,6 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from shoestring import build
-from shoestring.data.loader import Loader
 from shoestring.data.scenes import Scene
 from shoestring.data.store import Store
 from shoestring.errors import CheckpointError
@@ -25,7 +24,6 @@ from shoestring.runtime import keyed_seed
 from shoestring.storage import RunFolder, atomic_path, read_json, write_json
 
 GALLERY = 48
-LOSS_BATCH = 64
 
 
 def measure_run(
@@ -134,10 +132,7 @@ def _loss_rows(
     phase = recipe.phases[-1]
     objective = build.make_objective(recipe, pipeline.transformer)
     build.enter_phase(recipe, phase, store, objective)
-    count = min(recipe.evaluation.loss_images, len(store.splits[split]))
-    loader = Loader(store, size=phase.size, split=split, batch_size=LOSS_BATCH, seed=recipe.seed)
-    batches = (batch.to(device) for batch in loader.batches(0, count))
-    return metrics.held_out_loss(objective.loss_at, batches, recipe.evaluation.loss_levels, split=split)
+    return build.held_out_rows(recipe, objective, store, split, phase.size, device)
 
 
 def _unavailable(reason: str) -> MetricRow:

@@ -14,7 +14,7 @@ COMMANDS = pytest.mark.parametrize("name", ["info", "verify"])
 def test_info_says_what_there_is(here: Path, command: Any) -> None:
     said = command("store", "info", "parted")
     assert said.code == 0
-    told = {line[:14].strip(): line[14:] for line in said.out.splitlines()}
+    told = {line[:14].strip(): line[14:] for line in reversed(said.out.splitlines())}
     assert told["rows"] == "24 in 3 chunks"
     assert told["splits"] == "held_out 8, train 16"
     assert told["source"] == "folder photos"

@@ -16,7 +16,7 @@ The defaults are the published network. Arguments that depart from it (`position
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from shoestring.errors import CheckpointError, UserError
-from shoestring.models.experts import ExpertChoice
+from shoestring.models.experts import Expert, ExpertChoice
 from shoestring.models.layers import (
     Attention,
     KeyValue,
@@ -76,7 +76,7 @@ class ProjectedText:
 
 
 def spaced(ratios: Ratios, depth: int) -> list[float]:
-    """One ratio a block: a number is shared, two are the ends of a linear spacing, `depth` are taken as is."""
+    """One ratio a block: a number is shared, two are ends of a linear spacing, `depth` are taken as is."""
     if isinstance(ratios, (int, float)):
         return [float(ratios)] * depth
     if len(ratios) == depth:
@@ -225,7 +225,7 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
     ) -> None:
         super().__init__()
         _check_widths(hidden_size, mixer_size, head_dim, positions, text_positions, qk_norm)
-        common = {"multiple_of": multiple_of, "use_bias": use_bias, "qk_norm": qk_norm}
+        common: dict[str, Any] = {"multiple_of": multiple_of, "use_bias": use_bias, "qk_norm": qk_norm}
 
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.time_embed = TimeEmbedding(hidden_size)
@@ -273,7 +273,7 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return [*ends, *(module for module in self.modules() if isinstance(module, Modulation))]
 
     def reset_parameters(self) -> None:
-        """Published initialisation: truncated normal 0.02, smaller block outputs, zero modulation and output."""
+        """Published initialisation: truncated normal 0.02, smaller block outputs, zero modulation, output."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -283,13 +283,14 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
         scales = [math.sqrt(2 * depth)] * len(self.patch_mixer) + [
             math.sqrt(2 * (i + 1)) for i in range(depth)
         ]
-        for block, scale in zip([*self.patch_mixer, *self.transformer_blocks], scales, strict=True):
-            for output in _output_layers(block):
-                nn.init.trunc_normal_(output.weight, std=0.02 / scale)
+        blocks: list[Any] = [*self.patch_mixer, *self.transformer_blocks]
+        for block, scale in zip(blocks, scales, strict=True):
+            for weight in _output_weights(block):
+                nn.init.trunc_normal_(weight, std=0.02 / scale)
             nn.init.zeros_(block.modulation.linear.weight)
         for block in self.text_blocks:
-            for output in _output_layers(block):
-                nn.init.zeros_(output.weight)
+            for weight in _output_weights(block):
+                nn.init.zeros_(weight)
         nn.init.zeros_(self.modulation_out.linear.weight)
         nn.init.zeros_(self.proj_out.weight)
 
@@ -331,14 +332,9 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
         mixer_tokens = self.mixer_text(tokens)
         key_values = None
         if with_key_values:
-            key_values = tuple(
-                block.cross_attn.project_context(context)
-                for blocks, context in (
-                    (self.patch_mixer, mixer_tokens),
-                    (self.transformer_blocks, tokens),
-                )
-                for block in blocks
-            )
+            users: list[tuple[Any, Tensor]] = [(block, mixer_tokens) for block in self.patch_mixer]
+            users += [(block, tokens) for block in self.transformer_blocks]
+            key_values = tuple(block.cross_attn.project_context(context) for block, context in users)
         return ProjectedText(pooled, tokens, mixer_tokens, mask, key_values)
 
     @apply_lora_scale("attention_kwargs")
@@ -399,8 +395,8 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *inputs)  # type: ignore[no-any-return]
-        return block(*inputs)  # type: ignore[no-any-return]
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size
@@ -436,12 +432,13 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(state))
 
 
-def _output_layers(block: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a block whose result is added to the residual stream."""
-    layers = [module.to_out[0] for module in block.modules() if isinstance(module, Attention)]
-    if isinstance(block.ff, ExpertChoice):
-        return [*layers, *(expert.down for expert in block.ff.experts)]  # type: ignore[misc]
-    return [*layers, block.ff.down]  # type: ignore[union-attr,list-item]
+def _output_weights(block: nn.Module) -> Iterator[Tensor]:
+    """The matrices of a block whose products are added to the residual stream."""
+    for module in block.modules():
+        if isinstance(module, Attention):
+            yield module.to_out[0].weight  # type: ignore[misc]
+        elif isinstance(module, (SwiGLU, Expert)):
+            yield module.down.weight
 
 
 def _masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:

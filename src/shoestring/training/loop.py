@@ -362,6 +362,7 @@ class Training:
             if decays := saved.state["ema"].get(turn.name):
                 self.emas[turn.name] = EMA(turn.objective.trained, decays)
                 self.emas[turn.name].load_state(checkpoint.take(tensors, f"ema/{turn.name}/"))
+        self._event("resumed from a checkpoint")
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

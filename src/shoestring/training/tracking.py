@@ -108,8 +108,8 @@ class Console:
                 self._print(self._line(record), end="" if self.live and not last else "\n")
 
     def close(self) -> None:
-        if self.live:
-            self._print("", end="")
+        if self.width:  # what is said next begins a line
+            self._print("", end="\n")
 
     def _line(self, record: Record) -> str:
         rate = record["images_per_second"]
@@ -123,7 +123,7 @@ class Console:
     def _print(self, text: str, end: str) -> None:
         start = "\r" if self.live else ""
         print(f"{start}{text:<{self.width}}", end=end, file=sys.stderr, flush=True)
-        self.width = len(text) if self.live else 0
+        self.width = 0 if end else len(text)
 
 
 class Trackers:

@@ -1,0 +1,187 @@
+"""From a recipe to objects: each number arrives where it belongs, in every phase."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shoestring import build
+from shoestring.cost.ledger import Ledger
+from shoestring.data.encode import EncodeSettings, encode
+from shoestring.data.rows import Row
+from shoestring.data.store import Store
+from shoestring.errors import CheckpointError, RecipeError, StoreError
+from shoestring.objectives.edm import EDMObjective
+from shoestring.objectives.flow import FlowObjective
+from shoestring.recipes.load import dump, load_recipe
+from shoestring.recipes.schema import Recipe
+from shoestring.storage import RunFolder, write_text
+
+CPU = torch.device("cpu")
+SMALL = ("model.hidden_size=32", "model.mixer_size=32", "model.depth=1", "model.head_dim=16")
+
+
+def recipe(tmp_path: Path, text: str = "", *sets: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"base: demo\nname: small\n{text}")
+    return load_recipe(path, [*SMALL, *sets])
+
+
+class Pictures:
+    """A source of 12 pictures."""
+
+    words = ("pictures",)
+    num_rows = 12
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "pictures"}
+
+    def rows(self, start: int, stop: int) -> Any:
+        for n in range(start, min(stop, 12)):
+            yield Row(str(n), np.full((32, 32, 3), n, dtype=np.uint8), (f"picture {n}",))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Pictures at 16 and 32 px, 4 of them held out, captions of at most 8 tokens."""
+    settings = EncodeSettings(sizes=(16, 32), held_out=4, max_tokens=8)
+    made = encode(Pictures(), tmp_path / "store", settings, log=lambda line: None)
+    assert made is not None
+    return made
+
+
+TWO_SIZES = """
+data: {store: a store}
+objective: {kind: edm, sigma_data: 0.5, p_mean: -0.6}
+sampling: {scheduler: edm_heun, steps: 7, guidance: 3.5}
+phases:
+  - {name: small, size: 16, images: 24, batch: 6, mask: 0.5, lr: 1.0e-3, warmup: 6}
+  - {name: large, size: 32, images: 40, batch: 8, lr: 5.0e-4, schedule: cosine, final: 0.1,
+     position_scale: 2, objective: {p_mean: 0.4}, ema: {decays: [0.9], start: 8}, grad_clip: 0.3}
+"""
+
+
+def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path, store: Store) -> None:
+    one = recipe(tmp_path)
+    torch.manual_seed(1)
+    first = build.make_network(one, store, one.phases[0]).state_dict()
+    before = torch.get_rng_state()
+    again = build.make_network(one, store, one.phases[1]).state_dict()
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+    other = recipe(tmp_path, "seed: 1")
+    third = build.make_network(other, store, other.phases[0]).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["patch_embed.weight"], third["patch_embed.weight"])
+
+
+def test_the_network_fits_the_store(tmp_path: Path, store: Store) -> None:
+    two = recipe(tmp_path, TWO_SIZES)
+    config = build.make_network(two, store, two.phases[1]).config
+    assert (config.in_channels, config.caption_channels) == (3, store.text_width)
+    assert (config.sample_size, config.pos_interp_scale) == (32, 2)
+
+
+def test_each_phase_sets_its_own_numbers(tmp_path: Path, store: Store) -> None:
+    two = recipe(tmp_path, TWO_SIZES)
+    network = build.make_network(two, store, two.phases[0])
+    objective = build.make_objective(two, network)
+    assert isinstance(objective, EDMObjective)
+    plans = build.plan_phases(two, store, objective, Ledger("", "", 0, "", 0))
+    for number, (mask, p_mean, side, scale) in enumerate(
+        [(0.5, -0.6, 16, 1), (0.0, 0.4, 32, 2), (0.5, -0.6, 16, 1)]
+    ):
+        plans[number % 2].enter()
+        assert (objective.mask, objective.p_mean, objective.sigma_data) == (mask, p_mean, 0.5)
+        assert (network.config.sample_size, network.config.pos_interp_scale) == (side, scale)
+        batch = next(plans[number % 2].batches(0))
+        assert batch.latents.shape[-1] == side
+    assert (plans[0].grad_clip, plans[1].grad_clip) == (two.train.grad_clip, 0.3)
+    assert (plans[1].ema_decays, plans[1].ema_start) == ((0.9,), 8)
+    assert plans[0].lr(0) < plans[0].lr(6) == pytest.approx(1e-3)
+    assert plans[1].lr(40) == pytest.approx(5e-5)
+
+
+def test_phases_go_on_in_the_data_where_the_last_one_stopped(tmp_path: Path, store: Store) -> None:
+    """Positions count through the run, also from the middle of a phase; the last batch is short."""
+    two = recipe(tmp_path, TWO_SIZES, "phases.1.images=20")
+    objective = build.make_objective(two, build.make_network(two, store, two.phases[0]))
+    plans = build.plan_phases(two, store, objective, Ledger("", "", 0, "", 0))
+    seen = [int(i) for plan in plans for batch in plan.batches(0) for i in batch.index]
+    assert seen == list(range(44))
+    assert [len(batch) for batch in plans[1].batches(0)] == [8, 8, 4]
+    assert [int(i) for batch in plans[1].batches(8) for i in batch.index] == list(range(32, 44))
+
+
+def test_flow_numbers_arrive_too(tmp_path: Path, store: Store) -> None:
+    one = recipe(tmp_path, "", "objective.shift=0.7", "objective.weight_cap=9", "data.caption_drop=0.25")
+    objective = build.make_objective(one, build.make_network(one, store, one.phases[0]))
+    assert isinstance(objective, FlowObjective)
+    assert (objective.shift, objective.weight_cap, objective.caption_drop) == (0.7, 9, 0.25)
+    assert objective.prediction == "x0"
+
+
+def test_the_pipeline_reads_captions_as_the_store_did(tmp_path: Path, store: Store) -> None:
+    two = recipe(tmp_path, TWO_SIZES)
+    network = build.make_network(two, store, two.phases[0])
+    pipeline = build.make_pipeline(two, network, store)
+    assert pipeline.transformer is network, "shared: previews show the weights of now"
+    config = pipeline.config
+    assert (config.prediction, config.text_pad, config.max_tokens) == ("edm", "none", 8)
+    assert (config.default_steps, config.default_guidance) == (7, 3.5)
+    assert type(pipeline.scheduler).__name__ == "EDMHeunScheduler"
+    assert pipeline.scheduler.config.sigma_data == 0.5
+    text, mask, *_ = pipeline.encode_prompt(["word " * 20, "picture 3"])
+    assert text.shape[1] == 8
+    row = next(i for i in range(12) if store.captions(i) == ["picture 3"])
+    (stored,) = store.text(np.array([row]))
+    assert mask is not None
+    assert torch.allclose(text[1][mask[1]], stored, atol=2e-3), "but for the store's half precision"
+
+
+def test_a_store_with_other_encoders_is_refused(tmp_path: Path, store: Store) -> None:
+    for sets, message in (
+        (("data.max_tokens=64",), "made with the max tokens 8, the recipe asks for 64"),
+        (("data.text_encoder=hashing@v2",), "the recipe asks for hashing@v2"),
+        (("phases.0.size=64",), "holds images of 16, 32 pixels, not 64"),
+    ):
+        asked = recipe(tmp_path, "", f"data.store={store.path}", *sets)
+        with pytest.raises(StoreError, match=message):
+            build.open_store(asked, device=CPU, log=print)
+
+
+def test_scenes_are_made_once_and_again_only_when_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    sets = ("data.scenes.images=20", "data.scenes.held_out=4", "evaluation.prompts=4")
+    first = build.open_store(recipe(tmp_path, "", *sets), device=CPU, log=said.append)
+    again = build.open_store(recipe(tmp_path, "", *sets, "seed=5"), device=CPU, log=said.append)
+    assert first.path == again.path
+    assert said == [f"Making 20 scenes of 32 px into {first.path}"]
+    other = build.open_store(recipe(tmp_path, "", *sets, "data.scenes.seed=1"), device=CPU, log=said.append)
+    assert other.path != first.path
+
+
+def test_who_may_use_a_run_folder(tmp_path: Path) -> None:
+    one, run = recipe(tmp_path), RunFolder(tmp_path / "run")
+    build.check_claim(one, run, resume=False)
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        build.check_claim(one, run, resume=True)
+    write_text(run.recipe, dump(one))
+    build.check_claim(one, run, resume=True)
+    with pytest.raises(CheckpointError, match="a run of this name already"):
+        build.check_claim(one, run, resume=False)
+    with pytest.raises(RecipeError, match=r"changed since the run began: phases\.0\.lr: 0\.002 -> 0\.1"):
+        build.check_claim(recipe(tmp_path, "", "phases.0.lr=0.1"), run, resume=True)
+
+
+def test_previews_are_of_held_out_captions(store: Store) -> None:
+    captions = build.held_out_captions(store, 3)
+    rows = store.splits["held_out"].rows(np.arange(3))
+    assert captions == [store.captions(int(row))[0] for row in rows]
+    assert len(build.held_out_captions(store, 8)) == 4
