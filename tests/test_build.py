@@ -57,7 +57,7 @@ def store(tmp_path: Path) -> Store:
 TWO_SIZES = """
 data: {store: a store}
 objective: {kind: edm, sigma_data: 0.5, p_mean: -0.6}
-sampling: {scheduler: edm_heun, steps: 7, guidance: 3.5}
+sampling: {scheduler: edm_heun, steps: 7, guidance: 3.5, shift: 1}
 phases:
   - {name: small, size: 16, images: 24, batch: 6, mask: 0.5, lr: 1.0e-3, warmup: 6}
   - {name: large, size: 32, images: 40, batch: 8, lr: 5.0e-4, schedule: cosine, final: 0.1,

@@ -63,6 +63,12 @@ def open_store(recipe: Recipe, *, device: torch.device, log: Log) -> Store:
             pad=recipe.data.pad,
             max_tokens=recipe.data.max_tokens,
         )
+        side, patch = store.latent_shape(size)[1], recipe.model.patch_size
+        if side % patch:
+            raise RecipeError(
+                f"model.patch_size: {patch} does not divide the {side} x {side} latents of {size} px. "
+                f"Use a size that is a multiple of {size // side * patch}, or another patch size."
+            )
     return store
 
 

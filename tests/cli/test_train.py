@@ -66,6 +66,21 @@ def test_previews_show_the_same_held_out_prompts_as_training_goes_on(here: Path)
     assert pictures[0] != pictures[1]
 
 
+def test_the_held_out_loss_is_followed_while_training(here: Path, command: Any, metrics: Any) -> None:
+    told = [line for line in metrics(here / "runs/tiny") if line["kind"] == "held_out"]
+    assert [line["images"] for line in told] == [192, 384]
+    assert all(line["by_noise"].keys() == {"-1.0", "1.0"} for line in told)
+    assert told[1]["loss"] < told[0]["loss"]
+    command("evaluate", "runs/tiny")
+    rows = json.loads((here / "runs/tiny/evaluation.json").read_text())["rows"]
+    (last,) = (
+        row["value"]
+        for row in rows
+        if (row["metric"], row["split"], row["facet"]) == ("held_out_loss", "unseen_scenes", "all")
+    )
+    assert told[1]["loss"] == pytest.approx(last, rel=1e-5), "the exported network is the one looked at"
+
+
 def test_an_averaged_network_is_exported_and_the_raw_one_kept_for_resuming(here: Path) -> None:
     from shoestring.training import checkpoint
 
@@ -402,6 +417,10 @@ def test_corruption_met_in_the_middle_of_training_leaves_a_run_to_resume(
             "--set sampling.steps: 0 is not allowed: must be at least 1.",
         ),
         (("{tiny}", "--set", "phases.0.images=-5"), "--set phases.0.images: -5 is not allowed: must be"),
+        (
+            ("{tiny}", "--name", "x", "--set", "data.store=plain", "--set", "model.patch_size=5"),
+            "model.patch_size: 5 does not divide the 32 x 32 latents of 32 px. Use a size that is a multiple",
+        ),
         (("{tiny}", "--device", "tpu"), "device 'tpu': unknown. Use auto, cpu, cuda, cuda:N or mps."),
         (("{tiny}", "--device", "meta"), "device 'meta': not available here. Use --device cpu or auto."),
         (("{tiny}", "--dtype", "float8"), "--set train.dtype: 'float8' is unknown."),

@@ -59,6 +59,9 @@ def test_model_section_has_the_constructors_arguments_and_defaults() -> None:
         (["train.preview_every=null", "train.preview_prompts=[a red circle]"], "train.preview_prompts"),
         (["model.num_experts=0", "optimizer.expert_lr_ratio=0.5"], "optimizer.expert_lr_ratio"),
         (["model.text_depth=0", "model.text_positions=rope"], "model.text_positions"),
+        (["model.hidden_size=6", "model.head_dim=2", "model.mixer_size=6"], "model.hidden_size"),
+        (["model.positions=sincos+rope", "model.head_dim=2"], "model.head_dim"),
+        (["model.text_positions=rope", "model.head_dim=1"], "model.head_dim"),
         (["ema.decays=[0.9]", "phases.0.ema=null", "phases.1.ema=null"], "ema"),
         (
             ["train.grad_clip=1", "phases.0.grad_clip=2", "phases.1.grad_clip=null"],

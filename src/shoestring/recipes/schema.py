@@ -341,6 +341,11 @@ def _model_problems(recipe: Recipe) -> Problems:
                 f"model.{key}",
                 f"{size} must be divisible by head_dim {model.head_dim}; nearest: {around}.",
             )
+    if "sincos" in model.positions and model.hidden_size % 4:
+        yield "model.hidden_size", f"{model.hidden_size} must be divisible by 4 for sincos positions."
+    pairs = 4 if "rope" in model.positions else 2 if model.text_positions == "rope" else 1
+    if model.head_dim % pairs:
+        yield "model.head_dim", f"{model.head_dim} must be divisible by {pairs} for rotary positions."
     if model.text_positions != "none" and model.text_depth == 0:
         yield "model.text_positions", "has no effect with text_depth 0. Set it to none."
 

@@ -158,6 +158,8 @@ class Training:
     def train(self) -> bool:
         """Run to the end; True when finished, False when stopped on request (a checkpoint was saved)."""
         with _stop_on_signal() as stop_asked, closing(self.trackers):
+            if self.progress.images and not self.finished:
+                self._event("resumed from a checkpoint")
             while not self.finished:
                 phase = self.phases[self.progress.phase]
                 self._enter(phase)
@@ -362,7 +364,6 @@ class Training:
             if decays := saved.state["ema"].get(turn.name):
                 self.emas[turn.name] = EMA(turn.objective.trained, decays)
                 self.emas[turn.name].load_state(checkpoint.take(tensors, f"ema/{turn.name}/"))
-        self._event("resumed from a checkpoint")
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
