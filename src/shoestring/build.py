@@ -192,6 +192,7 @@ def make_training(
         remove_leftovers(run.root)
     saved = _newest_checkpoint(run, log) if resume else None
     images = saved.state["progress"]["images"] if saved else 0
+    checkpoint.drop_newer(run.checkpoints, images)
     network = make_network(recipe, store, recipe.phases[0])
     if recipe.init and not saved:
         load_weights(network, recipe.init)
@@ -208,7 +209,7 @@ def make_training(
     )
     if saved:
         ledger.restore(saved.state["ledger"])
-    pipeline = make_pipeline(recipe, network, store).to(device)
+    pipeline = make_pipeline(recipe, network, store)
     train = recipe.train
     training = Training(
         turns=[make_turn(recipe, objective)],
@@ -285,13 +286,16 @@ def phase_flops(recipe: Recipe, phase: Phase, store: Store) -> float:
 
 def _look(training: Training, recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, images: int) -> None:
     """What is looked at while a run trains: pictures, and the loss on held-out images where there are any."""
-    preview(recipe, pipeline, store, training.run, images)
+    device = training.settings.device
+    preview(recipe, pipeline.to(device), store, training.run, images)
+    for encoder in (pipeline.vae, pipeline.text_encoder):  # needed on the device for previews alone
+        encoder.to("cpu")
     split = next((name for name in store.splits if name != "train"), None)
     if split is None:
         return
     phase = recipe.phases[training.progress.phase]
     objective: Any = training.turns[0].objective
-    rows = held_out_rows(recipe, objective, store, split, phase.size, training.settings.device)
+    rows = held_out_rows(recipe, objective, store, split, phase.size, device)
     by_noise = {row["facet"].removeprefix("log_sigma="): row["value"] for row in rows}
     record = {"kind": "held_out", "images": images, "loss": by_noise.pop("all"), "by_noise": by_noise}
     training.trackers.log(record)
@@ -302,7 +306,7 @@ def held_out_rows(
 ) -> list[MetricRow]:
     """The loss at the recipe's fixed noise levels over the first images of a held-out split."""
     count = min(recipe.evaluation.loss_images, len(store.splits[split]))
-    loader = Loader(store, size=size, split=split, batch_size=LOSS_BATCH, seed=recipe.seed)
+    loader = Loader(store, size=size, split=split, batch_size=LOSS_BATCH, seed=0, captions=False)
     batches = (batch.to(device) for batch in loader.batches(0, count))
     return held_out_loss(objective.loss_at, batches, recipe.evaluation.loss_levels, split=split)
 

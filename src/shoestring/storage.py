@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from shoestring.errors import CheckpointError, OutputError
 
 _BLOCK = 1 << 22
-_ASIDE = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
@@ -36,7 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     raises `OutputError`; nothing half-written is left under either name.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}{_ASIDE}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +47,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(aside, path)
         finally:
             _remove(aside)
-            _remove(old)
+            _restore(old, path)
 
 
 @contextmanager
@@ -76,10 +75,19 @@ def raise_output_error(error: OSError, path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed left half-written below `folder`."""
+    """Remove what killed processes left half-written below `folder`; what a living one writes stays.
+
+    A folder that was being replaced gets its old content back where the new one had not arrived.
+    """
     with writing_to(folder):
-        for leftover in list(folder.rglob(f".*{_ASIDE}")):
-            _remove(leftover)
+        for leftover in list(folder.rglob(".*")):
+            parts = re.fullmatch(r"\.(.+)\.(\d+)\.(partial|old)", leftover.name)
+            if parts is None or _alive(int(parts[2])):
+                continue
+            if parts[3] == "old":
+                _restore(leftover, leftover.with_name(parts[1]))
+            else:
+                _remove(leftover)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -202,6 +210,23 @@ def _refusal(error: OSError | SafetensorError) -> OSError:
         return error
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+
+
+def _restore(old: Path, path: Path) -> None:
+    """Put a folder that stepped aside back where nothing has taken its place, else remove it."""
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    _remove(old)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _existing_parent(path: Path) -> Path:

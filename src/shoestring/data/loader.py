@@ -30,6 +30,7 @@ class Loader:
     """Reads global batches of `batch_size` images; this process takes slice `rank` of `world` of each.
 
     `extra` names more tensors for `Batch.extra`: `pooled` (the caption's single vector), `size_crop`.
+    Without `captions` a batch carries no caption strings, which spares reading them.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         extra: Sequence[str] = (),
+        captions: bool = True,
         pin_memory: bool = False,
     ) -> None:
         store.check(size=size)
@@ -61,7 +63,7 @@ class Loader:
             )
         self.store, self.size, self.split = store, size, store.splits[split]
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.extra, self.pin_memory = tuple(extra), pin_memory
+        self.extra, self.captions, self.pin_memory = tuple(extra), captions, pin_memory
 
     def __len__(self) -> int:
         """Images in one epoch."""
@@ -83,6 +85,9 @@ class Loader:
                     continue
 
         def work() -> None:
+            torch.set_num_threads(1)  # for this thread, whose work is small ...
+            torch.get_num_threads()  # (takes effect here before it is set for the others)
+            alone.set()
             try:
                 for begin in range(start, stop, self.batch_size):
                     if stopped.is_set():
@@ -92,8 +97,11 @@ class Loader:
             except BaseException as error:  # raised again where the batch is asked for
                 put(error)
 
+        threads, alone = torch.get_num_threads(), threading.Event()
         thread = threading.Thread(target=work, name="shoestring-loader", daemon=True)
         thread.start()
+        alone.wait()
+        torch.set_num_threads(threads)  # ... for every other: two teams of threads would slow each other
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
@@ -117,7 +125,7 @@ class Loader:
             latents=self._latents(rows, index),
             text=text,
             text_mask=None if self.store.pad == "encoder" else mask,
-            captions=self.store.chosen_captions(rows, choice),
+            captions=self.store.chosen_captions(rows, choice) if self.captions else (),
             extra=self._extra(rows, choice),
         )
         return _pinned(batch) if self.pin_memory else batch

@@ -13,7 +13,7 @@ from shoestring.data.store import MANIFEST
 from shoestring.errors import SourceError
 from shoestring.interfaces import Log
 from shoestring.runtime import keyed_seed
-from shoestring.storage import write_json, writing_to
+from shoestring.storage import remove_leftovers, write_json
 
 SKIPPED = "skipped.jsonl"
 
@@ -26,9 +26,7 @@ def seal(out: Path, begun: dict[str, Any], markers: list[dict[str, Any]], max_ba
     skipped = [each for marker in markers for each in marker["skipped"]]
     reasons = Counter(each["reason"] for each in skipped)
     write_lines(out, SKIPPED, skipped)
-    with writing_to(out):
-        for leftover in out.glob("*/**/.*.partial"):  # of workers that were killed
-            leftover.unlink(missing_ok=True)
+    remove_leftovers(out)
     source_rows = sum(marker["source_rows"] for marker in markers)
     check_bad(reasons, source_rows, max_bad)
     cut = Counter[str]()

@@ -46,8 +46,8 @@ def sincos_positions(positions: Tensor, size: int) -> Tensor:
     Each half is [sin | cos] with frequencies 10000^(-2k / (size / 2)).
     """
     quarter = size // 4
-    exponents = torch.arange(quarter, device=positions.device, dtype=torch.float64) / quarter
-    frequencies = (10000.0**-exponents).float()
+    exponents = torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter
+    frequencies = (10000.0**-exponents).float().to(positions.device)
     row, column = (positions[..., axis, None] * frequencies for axis in (0, 1))
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=-1)
 

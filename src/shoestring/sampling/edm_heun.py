@@ -36,7 +36,7 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
 class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     """EDM's Heun sampler with its preconditioning; the network's output and its c_noise go in and out raw.
 
-    `timesteps` are c_noise = ln(sigma) / 4, one an evaluation. The state is computed in float64.
+    `timesteps` are c_noise = ln(sigma) / 4, one an evaluation. Steps are computed in float64.
     """
 
     order = 2
@@ -92,8 +92,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """Take the network's raw output at `sample` and give the sample of the next evaluation."""
         number = self._step_index // 2
         here, there = float(self.sigmas[number]), float(self.sigmas[number + 1])
-        x = sample.double()
-        denoised = self._denoised(model_output.double(), x)
+        wide = torch.float32 if sample.device.type == "mps" else torch.float64  # mps has no float64
+        x = sample.to(wide)
+        denoised = self._denoised(model_output.to(wide), x)
         slope = (x - denoised) / float(self._evaluated_sigma())
         if self._start is None or self._slope is None:
             result = x + (there - here) * slope

@@ -79,6 +79,13 @@ def newest(folder: Path, log: Log) -> Checkpoint | None:
     return None
 
 
+def drop_newer(folder: Path, images: int) -> None:
+    """Remove checkpoints beyond `images`, which a resume passed over: they must not be kept instead."""
+    for path in folder.glob("[0-9]" * 12):
+        if int(path.name) > images:
+            shutil.rmtree(path)
+
+
 def keep_last(folder: Path, count: int) -> None:
     """Remove all but the `count` newest checkpoints."""
     for path in sorted(folder.glob("[0-9]" * 12))[:-count]:

@@ -107,7 +107,10 @@ class Optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if state := found.get(self.names[id(parameter)]):
-                        optimizer.state[parameter] = state
+                        optimizer.state[parameter] = {  # torch keeps the step count on the CPU
+                            key: value if key == "step" else value.to(parameter.device)
+                            for key, value in state.items()
+                        }
 
 
 def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> Optimizers:

@@ -58,7 +58,7 @@ class TensorBoard:
                 "train.trackers: tensorboard is not installed. Run pip install 'shoestring[tensorboard]'."
             ) from None
         with writing_to(folder):
-            self.writer = SummaryWriter(str(folder), purge_step=images)
+            self.writer = SummaryWriter(str(folder), purge_step=images + 1)
 
     def log(self, record: Record) -> None:
         for name, value in _scalars(record).items():
