@@ -279,3 +279,12 @@ def test_every_key_of_a_recipe_is_documented() -> None:
     ]
     missing = [name for name in fields if not re.search(rf"`{name}`|\b{name}:|^### {name}$", reference, re.M)]
     assert not missing
+
+
+def test_documents_have_no_gaps_and_no_dead_links() -> None:
+    """No placeholder is left in README or docs, and every relative link leads somewhere."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        assert "@@" not in text, page
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"

@@ -81,7 +81,7 @@ def paint_scenes(store: Store, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
         assert len(set(seeds)) == len(seeds)
         for prompt, seed in zip(prompts, seeds, strict=True):
             image = Image.fromarray(painted[prompt])
-            yield measure.Picture(image, prompt, seed, settings["steps"], settings["guidance"])
+            yield measure.Picture(image, prompt, seed, settings["steps"], settings["guidance"], "none")
 
     monkeypatch.setattr(measure, "generate", generate)
     return painted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shoestring.storage import (
     crc32,
     fingerprint,
     read_json,
+    remove_leftovers,
     sha256,
     write_json,
     write_text,
@@ -96,3 +98,40 @@ def test_a_run_folder_needs_a_recipe(tmp_path: Path) -> None:
         RunFolder.open(tmp_path)
     write_text(tmp_path / "recipe.yaml", "name: x\n")
     assert RunFolder.open(tmp_path).metrics == tmp_path / "metrics.jsonl"
+
+
+def test_a_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path: Path) -> None:
+    """What stepped aside comes back; what was half-written goes; what a living process writes stays."""
+    dead, alive = 99_999_999, os.getpid()
+    for name in (f".run.{dead}.old", f".run.{dead}.partial", f".other.{alive}.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [f".other.{alive}.partial", "run"]
+    assert (tmp_path / "run" / "content").read_text() == f".run.{dead}.old"
+
+
+def test_an_error_between_the_two_renames_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    replace, calls = os.replace, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+
+    def write() -> None:
+        with atomic_path(path) as aside:
+            aside.mkdir()
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert names(tmp_path) == ["folder"]
+    assert names(path) == ["old"]

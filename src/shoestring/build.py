@@ -252,7 +252,15 @@ def plan_phase(
     recipe: Recipe, phase: Phase, start: int, store: Store, objective: AnyObjective, ledger: Ledger
 ) -> PhasePlan:
     """A phase that begins after `start` images of the run."""
-    loader = Loader(store, size=phase.size, batch_size=phase.batch, seed=recipe.seed)
+    on_gpu = next(objective.parameters()).device.type == "cuda"
+    loader = Loader(
+        store,
+        size=phase.size,
+        batch_size=phase.batch,
+        seed=recipe.seed,
+        captions=False,
+        pin_memory=on_gpu,
+    )
 
     def batches(images: int) -> Generator[Batch, None, None]:
         return loader.batches(start + images, start + phase.images)

@@ -15,7 +15,7 @@ from shoestring.data.store import Store
 from shoestring.errors import StoreError
 from shoestring.interfaces import Log
 from shoestring.recipes.schema import Ema, Phase, Recipe
-from shoestring.runtime import pick_dtype
+from shoestring.runtime import pick_dtype, set_threads
 from shoestring.storage import RunFolder
 from shoestring.training.loop import LoopSettings, Training
 from shoestring.training.tracking import Trackers, flops_text
@@ -47,6 +47,7 @@ def cost_lines(recipe: Recipe, device: torch.device) -> list[str]:
 
 def fitted(recipe: Recipe, minutes: float, device: torch.device, log: Log) -> Recipe:
     """The recipe with its counts of images scaled so that its phases take about `minutes` here."""
+    set_threads(recipe.train.threads)
     store = build.open_store(recipe, device=device, log=log)
     rates = [images_per_second(recipe, phase, store, device) for phase in recipe.phases]
     seconds = sum(phase.images / rate for phase, rate in zip(recipe.phases, rates, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -65,19 +65,17 @@ class Loss:
 
     per_sample    (B,)   the loss of each image; the loop minimises its mean
     noise_level   (B,)   log sigma of each image (for curves by noise level), or None
-    logs          named scalars (0-d tensors, detached) to be logged beside the loss
     """
 
     per_sample: Tensor
     noise_level: Tensor | None = None
-    logs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
     """Turns a batch into a loss. The loop knows nothing else of models.
 
     `trained` parts are optimised, averaged, saved and sharded; `frozen` parts (teachers, encoders) are
-    recorded by hash and never saved. Subclasses set both in their constructor, implement `forward`, and
+    never saved. Subclasses set both in their constructor, implement `forward`, and
     may override `after_step`, which the loop calls after each optimiser step.
     """
 
@@ -97,12 +95,6 @@ class Objective(nn.Module):
 
     def after_step(self) -> None:
         """Called once after each optimiser step; does nothing by default."""
-
-
-class Denoiser(Protocol):
-    """Any conditional denoiser D(x; sigma, text): (B, C, H, W), (B,) -> (B, C, H, W), the clean mean."""
-
-    def __call__(self, x: Tensor, sigma: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor: ...
 
 
 class MetricRow(TypedDict):

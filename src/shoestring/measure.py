@@ -129,7 +129,9 @@ def _save_gallery(
 def _loss_rows(
     recipe: Recipe, pipeline: DiffusionPipeline, store: Store, split: str, device: torch.device
 ) -> list[MetricRow]:
-    phase = recipe.phases[-1]
+    side = pipeline.transformer.config.sample_size
+    trained_at = [phase for phase in recipe.phases if store.latent_shape(phase.size)[1] == side]
+    phase = trained_at[-1]
     objective = build.make_objective(recipe, pipeline.transformer)
     build.enter_phase(recipe, phase, store, objective)
     return build.held_out_rows(recipe, objective, store, split, phase.size, device)

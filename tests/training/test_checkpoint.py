@@ -86,3 +86,16 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, images, tensors(), {})
     checkpoint.keep_last(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{2:012d}", f"{3:012d}"]
+
+
+def test_checkpoints_passed_over_are_not_kept_instead_of_good_ones(tmp_path: Path) -> None:
+    """With one to keep, a damaged newer one must not outlive what is written after a resume."""
+    checkpoint.save(tmp_path, 24, tensors(), {"images": 24})
+    damaged = checkpoint.save(tmp_path, 48, tensors(), {})
+    (damaged / "COMMITTED").unlink()
+    checkpoint.drop_newer(tmp_path, 24)
+    checkpoint.save(tmp_path, 40, tensors(), {"images": 40})
+    checkpoint.keep_last(tmp_path, 1)
+    saved = checkpoint.newest(tmp_path, print)
+    assert saved is not None
+    assert saved.state == {"images": 40}

@@ -10,7 +10,7 @@
     (B, C, H, W) <--unpatchify, dropped patches zero-- output layer --+
 
 The defaults are the published network. Arguments that depart from it (`positions`, `qk_norm`,
-`text_positions`) each have their measured reason in docs/LOG.md.
+`text_positions`) are explained in docs/microdit.md, with what was measured in docs/LOG.md.
 """
 
 from __future__ import annotations

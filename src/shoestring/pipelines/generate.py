@@ -28,10 +28,12 @@ class Picture:
     seed: int
     steps: int
     guidance: float
+    scheduler: str
 
     def settings(self) -> dict[str, object]:
-        """Prompt, seed, steps and guidance, as written into the PNG."""
-        return {name: getattr(self, name) for name in ("prompt", "seed", "steps", "guidance")}
+        """Prompt, seed, steps, guidance and scheduler, as written into the PNG."""
+        names = ("prompt", "seed", "steps", "guidance", "scheduler")
+        return {name: getattr(self, name) for name in names}
 
 
 def generate(
@@ -60,7 +62,7 @@ def generate(
             generator=generators,
         ).images
         for image, prompt, seed in zip(images, prompts[part], seeds[part], strict=True):
-            yield Picture(image, prompt, seed, steps, guidance)
+            yield Picture(image, prompt, seed, steps, guidance, type(pipeline.scheduler).__name__)
 
 
 def save_png(picture: Picture, path: Path) -> None:

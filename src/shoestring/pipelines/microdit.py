@@ -72,6 +72,10 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         )
         factor = 1 if vae is None else spatial_factor(vae)
         self.vae_scale_factor = factor
+        self._guidance_scale = float(default_guidance)
+        self._num_timesteps = 0
+        self._current_timestep: Tensor | None = None
+        self._interrupt = False
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
 
     @property

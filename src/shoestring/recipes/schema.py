@@ -346,6 +346,15 @@ def _model_problems(recipe: Recipe) -> Problems:
     pairs = 4 if "rope" in model.positions else 2 if model.text_positions == "rope" else 1
     if model.head_dim % pairs:
         yield "model.head_dim", f"{model.head_dim} must be divisible by {pairs} for rotary positions."
+    idle = {
+        "num_experts": ("expert_capacity", "expert_blocks", "mixer_expert_blocks"),
+        "mixer_depth": ("mixer_size", "mixer_qkv_ratio", "mixer_mlp_ratio", "mixer_expert_blocks"),
+    }
+    for absent, keys in idle.items():
+        for key in keys if getattr(model, absent) == 0 else ():
+            default = type(model).model_fields[key].default
+            if getattr(model, key) != default:
+                yield f"model.{key}", f"has no effect with {absent} 0. Leave it at {default}."
     if model.text_positions != "none" and model.text_depth == 0:
         yield "model.text_positions", "has no effect with text_depth 0. Set it to none."
 

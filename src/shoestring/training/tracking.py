@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoestring.errors import RecipeError
-from shoestring.storage import write_text, writing_to
+from shoestring.storage import fingerprint, write_text, writing_to
 
 Record = Mapping[str, Any]
 
@@ -78,7 +78,9 @@ class Wandb:
             raise RecipeError(
                 "train.trackers: wandb is not installed. Run pip install 'shoestring[wandb]'."
             ) from None
-        self.run = wandb.init(project="shoestring", name=name, dir=str(folder), resume="allow")
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = fingerprint([name, str(folder.resolve())])  # a resumed run goes on in the same place
+        self.run = wandb.init(project="shoestring", name=name, id=identity, dir=str(folder), resume="allow")
 
     def log(self, record: Record) -> None:
         scalars = {f"{record['kind']}/{name}": value for name, value in _scalars(record).items()}
