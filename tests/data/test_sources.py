@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shoestring.data.rows import Row, Source
+from shoestring.data.rows import Row, SequentialSource, Source
 from shoestring.data.sources import open_source
 from shoestring.errors import SourceError
 
@@ -380,3 +380,42 @@ def test_an_empty_or_foreign_folder_says_what_is_supported(tmp_path: Path) -> No
     (tmp_path / ".hidden.png").write_bytes(b"")
     with pytest.raises(SourceError, match=r"only \.zip files there"):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "metadata.csv",
+            b"file_name,text\n00.png,a red ball, on grass\n",
+            "line 2: more values than columns",
+        ),
+        ("metadata.csv", "file_name,text\n00.png,caf\xe9\n".encode("latin-1"), "not UTF-8"),
+        ("metadata.parquet", b"PAR1 no table", "cannot be read"),
+    ],
+)
+def test_metadata_that_would_lose_captions_is_refused(
+    tmp_path: Path, pngs: Callable[..., bytes], name: str, content: bytes, message: str
+) -> None:
+    write_images(tmp_path, pngs, ["00.png"])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        everything(open_source(str(tmp_path)))
+
+
+def test_a_stream_entered_beyond_its_end_knows_its_length() -> None:
+    """A worker whose first chunk lies beyond the end must not take the place it skipped to for the end."""
+
+    class Stream(SequentialSource):
+        def _base(self, start: int) -> int:
+            return start
+
+        def _records(self, base: int) -> Iterator[int]:
+            return iter(range(base, COUNT))
+
+        def _load(self, number: int, record: int) -> Row:
+            return Row(str(record), b"", ("a",))
+
+    stream = Stream("stream")
+    assert list(stream.rows(100, 200)) == []
+    assert stream.num_rows == COUNT

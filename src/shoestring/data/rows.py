@@ -74,7 +74,9 @@ class SequentialSource:
             try:
                 record = next(self._iterator)
             except StopIteration:
-                self._end, self._iterator = self._at, None
+                seen = self._at > base  # else it may have begun beyond the end: count from the first row
+                self._end = self._at if seen else sum(1 for _ in self._records(0))
+                self._iterator = None
                 return
             self._at += 1
             if self._at > start:

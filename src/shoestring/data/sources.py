@@ -196,26 +196,41 @@ def _read_metadata(
 
 
 def _records_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a metadata file as dictionaries."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    """Rows of a metadata file as dictionaries; raises `SourceError` where it cannot be read."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
 
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-        return
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
+            yield from pyarrow.parquet.read_table(path).to_pylist()
             return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise SourceError(f"{path}, line {number}: not JSON ({error}). Correct this line.") from None
-            if not isinstance(record, dict):
-                raise SourceError(f'{path}, line {number}: not a JSON object like {{"file_name": ...}}.')
-            yield record
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from _csv_records(path, file) if path.suffix == ".csv" else _json_records(path, file)
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 ({error}). Save it as UTF-8.") from None
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        raise SourceError(f"{path}: cannot be read ({error}). Write it anew.") from error
+
+
+def _csv_records(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, record in enumerate(csv.DictReader(lines), start=2):
+        if None in record:
+            raise SourceError(
+                f"{path}, line {number}: more values than columns. Put captions with commas in quotes."
+            )
+        yield record
+
+
+def _json_records(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise SourceError(f"{path}, line {number}: not JSON ({error}). Correct this line.") from None
+        if not isinstance(record, dict):
+            raise SourceError(f'{path}, line {number}: not a JSON object like {{"file_name": ...}}.')
+        yield record
 
 
 def _sidecar(path: Path) -> tuple[str, ...]:

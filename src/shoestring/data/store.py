@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -75,6 +76,7 @@ class Store:
         self._entries = {entry["path"]: entry for entry in manifest["files"]}
         self._opened: dict[str, dict[str, Array]] = {}
         self._checked: set[str] = set()
+        self._opening = threading.RLock()  # a loader's thread and another may read at once
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -319,9 +321,10 @@ class Store:
     def _shard(self, column: str, chunk: int) -> dict[str, Array]:
         """Arrays of a shard, opened and checked when first asked for."""
         name = shard_name(column, chunk)
-        arrays = self._opened.get(name)
-        if arrays is not None:
-            return arrays
+        with self._opening:
+            return self._opened.get(name) or self._open_shard(column, name)
+
+    def _open_shard(self, column: str, name: str) -> dict[str, Array]:
         path, entry = self.path / name, self._entries[name]
         try:
             if name not in self._checked and crc32(path) != entry["crc32"]:
