@@ -7,12 +7,46 @@ are grouped into batches and processes.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shoestring.interfaces import Batch
-from shoestring.runtime import keyed_uniform
+from shoestring.runtime import keyed_normal, keyed_uniform
+
+
+class Draws(NamedTuple):
+    """What is random in one training batch: captions dropped, log sigma (B,), noise, patches to keep."""
+
+    batch: Batch
+    log_sigma: Tensor
+    noise: Tensor
+    keep: Tensor | None
+
+
+def draw(
+    batch: Batch,
+    seed: int,
+    *,
+    mean: float,
+    deviation: float,
+    mask: float,
+    patch_size: int,
+    caption_drop: float,
+) -> Draws:
+    """All draws of a training batch; log sigma ~ Normal(mean, deviation)."""
+    return Draws(
+        batch=drop_captions(batch, caption_drop, seed),
+        log_sigma=mean + deviation * keyed_normal(seed, "noise_level", batch.index),
+        noise=keyed_normal(seed, "noise", batch.index, batch.latents.shape[1:]),
+        keep=draw_keep(batch, patch_size, mask, seed),
+    )
+
+
+def held_out_noise(batch: Batch) -> Tensor:
+    """Noise (B, C, H, W) for losses on held-out images: the same in every run, whatever its seed."""
+    return keyed_normal(0, "held_out_noise", batch.index, batch.latents.shape[1:])
 
 
 def drop_captions(batch: Batch, share: float, seed: int) -> Batch:

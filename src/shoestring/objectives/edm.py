@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shoestring.interfaces import Batch, Loss, Objective
-from shoestring.objectives.denoising import draw_keep, drop_captions, mean_over_patches
-from shoestring.runtime import keyed_normal
+from shoestring.objectives.denoising import draw, held_out_noise, mean_over_patches
 
 
 class Preconditioning(NamedTuple):
@@ -66,16 +65,20 @@ class EDMObjective(Objective):
         self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
 
     def forward(self, batch: Batch) -> Loss:
-        log_sigma = self.p_mean + self.p_std * keyed_normal(self.seed, "noise_level", batch.index)
-        noise = keyed_normal(self.seed, "noise", batch.index, batch.latents.shape[1:])
-        keep = draw_keep(batch, self.patch_size, self.mask, self.seed)
-        batch = drop_captions(batch, self.caption_drop, self.seed)
-        return Loss(self.error(batch, log_sigma, noise, keep), noise_level=log_sigma)
+        draws = draw(
+            batch,
+            self.seed,
+            mean=self.p_mean,
+            deviation=self.p_std,
+            mask=self.mask,
+            patch_size=self.patch_size,
+            caption_drop=self.caption_drop,
+        )
+        return Loss(self.error(*draws), noise_level=draws.log_sigma)
 
     def loss_at(self, batch: Batch, log_sigma: Tensor) -> Tensor:
         """The loss (B,) at given noise levels (B,), dense, captions kept, the same noise in every run."""
-        noise = keyed_normal(0, "held_out_noise", batch.index, batch.latents.shape[1:])
-        return self.error(batch, log_sigma, noise, keep=None)
+        return self.error(batch, log_sigma, held_out_noise(batch), keep=None)
 
     def error(self, batch: Batch, log_sigma: Tensor, noise: Tensor, keep: Tensor | None) -> Tensor:
         """Weighted squared error of each image (B,), for given noise (B, C, H, W)."""

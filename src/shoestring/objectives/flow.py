@@ -12,8 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from shoestring.interfaces import Batch, Loss, Objective
-from shoestring.objectives.denoising import draw_keep, drop_captions, mean_over_patches
-from shoestring.runtime import keyed_normal
+from shoestring.objectives.denoising import draw, held_out_noise, mean_over_patches
 
 TIMESTEPS = 1000
 
@@ -50,16 +49,20 @@ class FlowObjective(Objective):
         self.shift, self.scale = shift, scale
 
     def forward(self, batch: Batch) -> Loss:
-        log_sigma = self.shift + self.scale * keyed_normal(self.seed, "noise_level", batch.index)
-        noise = keyed_normal(self.seed, "noise", batch.index, batch.latents.shape[1:])
-        keep = draw_keep(batch, self.patch_size, self.mask, self.seed)
-        batch = drop_captions(batch, self.caption_drop, self.seed)
-        return Loss(self.error(batch, log_sigma, noise, keep), noise_level=log_sigma)
+        draws = draw(
+            batch,
+            self.seed,
+            mean=self.shift,
+            deviation=self.scale,
+            mask=self.mask,
+            patch_size=self.patch_size,
+            caption_drop=self.caption_drop,
+        )
+        return Loss(self.error(*draws), noise_level=draws.log_sigma)
 
     def loss_at(self, batch: Batch, log_sigma: Tensor) -> Tensor:
         """The loss (B,) at given noise levels (B,), dense, captions kept, the same noise in every run."""
-        noise = keyed_normal(0, "held_out_noise", batch.index, batch.latents.shape[1:])
-        return self.error(batch, log_sigma, noise, keep=None)
+        return self.error(batch, log_sigma, held_out_noise(batch), keep=None)
 
     def error(self, batch: Batch, log_sigma: Tensor, noise: Tensor, keep: Tensor | None) -> Tensor:
         """Weighted squared error of each image (B,), for given noise (B, C, H, W)."""
