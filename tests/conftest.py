@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch or the hub's client.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,6 +40,52 @@ def fixtures() -> Path:
 def data() -> Path:
     """Small real data sets (SHOESTRING_DATA); the test is skipped where they are absent."""
     return _folder("SHOESTRING_DATA", "../shared/data")
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """`launch(processes, script or "-m", ...)`: run Python as torchrun does, without its start-up time.
+
+    Returns how each process ended, by rank; all are killed after `timeout` seconds.
+    """
+
+    def run(
+        processes: int, *words: Any, cwd: Path, timeout: float = 240.0, **environment: str
+    ) -> list[subprocess.CompletedProcess[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, *map(str, words)]
+        started = []
+        for rank in range(processes):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+            several = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+            started.append(
+                subprocess.Popen(
+                    command,
+                    cwd=cwd,
+                    env={
+                        **os.environ,
+                        "OMP_NUM_THREADS": "1",
+                        **(several if processes > 1 else {}),
+                        **environment,
+                    },
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        try:
+            told = [process.communicate(timeout=timeout) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        return [
+            subprocess.CompletedProcess(command, process.returncode, out, err)
+            for process, (out, err) in zip(started, told, strict=True)
+        ]
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from shoestring import build
+from shoestring.build.networks import load_weights
 from shoestring.cost.ledger import Ledger
 from shoestring.data.encode import EncodeSettings, encode
 from shoestring.data.rows import Row
 from shoestring.data.store import Store
 from shoestring.errors import CheckpointError, RecipeError, StoreError
+from shoestring.models.microdit import MicroDiT
 from shoestring.objectives.edm import EDMObjective
 from shoestring.objectives.flow import FlowObjective
 from shoestring.recipes.load import dump, load_recipe
@@ -105,6 +107,57 @@ def test_each_phase_sets_its_own_numbers(tmp_path: Path, store: Store) -> None:
     assert plans[1].lr(40) == pytest.approx(5e-5)
 
 
+ANNEALED = """
+data: {store: a store, caption_drop: 0}
+phases:
+  - {name: annealed, size: 16, images: 24, batch: 6, mask: {start: 0.75, end: 0, steps: 4}, lr: 1.0e-3,
+     microbatch: 3}
+  - {name: dense, size: 16, images: 24, batch: 6, lr: 1.0e-3, optimizer: fresh}
+train: {microbatch: 2}
+"""
+
+
+def test_an_annealed_mask_is_set_before_each_step_and_costs_what_each_ratio_does(
+    tmp_path: Path, store: Store
+) -> None:
+    annealed = recipe(tmp_path, ANNEALED)
+    objective = build.make_objective(annealed, build.make_network(annealed, store, annealed.phases[0]))
+    plan, dense = build.plan_phases(annealed, store, objective, Ledger("", "", 0, "", 0))
+    plan.enter()
+    assert objective.mask == 0.75
+    seen = []
+    for images in range(0, 24, 6):
+        plan.advance(images)
+        seen.append((objective.mask, plan.mask(images), plan.flops_per_image(images)))
+    ratios = [0.75, 0.5, 0.25, 0.0]
+    assert [mask for mask, _, _ in seen] == pytest.approx(ratios)
+    assert [told for _, told, _ in seen] == pytest.approx(ratios)
+    flops = build.phase_flops(annealed, annealed.phases[0], store)
+    assert [cost for _, _, cost in seen] == list(flops.values())
+    assert list(flops.values()) == sorted(flops.values()), "fewer operations, the more is masked"
+    assert flops[0.0] == dense.flops_per_image(0)
+    entry = plan.cost()
+    assert (entry.mask, entry.mask_end, dense.cost().mask_end) == (0.75, 0.0, None)  # type: ignore[attr-defined]
+    assert (plan.microbatch, dense.microbatch) == (3, 2)
+    assert (plan.fresh_optimizer, dense.fresh_optimizer) == (False, True)
+
+
+def test_a_mask_that_leaves_too_little_of_the_stores_pictures_is_refused(
+    tmp_path: Path, store: Store
+) -> None:
+    """Of 16 px and patches of 4 there are 16; the recipe alone cannot know, as sizes of latents differ."""
+    text = f"data: {{store: {store.path}, autoencoder: pixels, max_tokens: 8}}"
+    asked = recipe(tmp_path, text, "phases.0.size=16", "phases.1.size=16", "phases.0.mask=0.9")
+    assert build.open_store(asked, device=CPU, log=print).path == store.path
+    bare = asked.model_copy(
+        update={"phases": tuple(each.model_copy(update={"mask": 0.95}) for each in asked.phases)}
+    )
+    with pytest.raises(
+        RecipeError, match=r"recipe small, phases\.0\.mask: 0\.95 leaves none of the 16 patches of 16 px"
+    ):
+        build.open_store(bare, device=CPU, log=print)
+
+
 def test_phases_go_on_in_the_data_where_the_last_one_stopped(tmp_path: Path, store: Store) -> None:
     """Positions count through the run, also from the middle of a phase; the last batch is short."""
     two = recipe(tmp_path, TWO_SIZES, "phases.1.images=20")
@@ -114,6 +167,54 @@ def test_phases_go_on_in_the_data_where_the_last_one_stopped(tmp_path: Path, sto
     assert seen == list(range(44))
     assert [len(batch) for batch in plans[1].batches(0)] == [8, 8, 4]
     assert [int(i) for batch in plans[1].batches(8) for i in batch.index] == list(range(32, 44))
+
+
+WIDE = {
+    "in_channels": 3,
+    "caption_channels": 64,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "depth": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"depth": 3}, "model.depth is 3 there, 2 here. Use the `model` section"),
+        ({"in_channels": 4}, "the number of latent channels (the autoencoder) is 4 there, 3 here."),
+        ({"caption_channels": 32}, "the width of text (the text encoder) is 32 there, 64 here."),
+        (
+            {"head_dim": 32, "text_depth": 2},
+            "model.head_dim is 32 there, 16 here; model.text_depth is 2 there, 1",
+        ),
+        ({"head_dim": 32}, "model.head_dim is 32 there, 16 here."),  # of the same shapes, and another network
+        ({"positions": "sincos+rope"}, "model.positions is sincos+rope there, sincos here."),
+        ({"mlp_ratio": (1.0, 2.0)}, "model.mlp_ratio is (1.0, 2.0) there, (0.5, 4.0) here."),
+    ],
+)
+def test_init_from_another_network_names_what_differs(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    common = {**WIDE, "multiple_of": 8, "mixer_depth": 0, "num_experts": 0}
+    MicroDiT(**{**common, **change}).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(MicroDiT(**common), str(tmp_path))
+    assert str(caught.value).startswith(f"init {tmp_path}: not the recipe's network: {told}")
+
+
+def test_init_serves_any_resolution_position_scale_and_expert_capacity(tmp_path: Path) -> None:
+    common = {**WIDE, "multiple_of": 8, "mixer_depth": 0, "num_experts": 2}
+    other = MicroDiT(**common, sample_size=8)
+    torch.nn.init.normal_(other.proj_out.weight)
+    other.half().save_pretrained(tmp_path / "transformer")  # in any number type
+    mine = MicroDiT(**common, sample_size=32, pos_interp_scale=2.0, expert_capacity=1.0)
+    load_weights(mine, str(tmp_path))
+    assert {tensor.dtype for tensor in mine.state_dict().values()} == {torch.float32}
+    pairs = zip(mine.state_dict().values(), other.float().state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert (mine.config.sample_size, mine.config.pos_interp_scale) == (32, 2.0)
 
 
 def test_flow_numbers_arrive_too(tmp_path: Path, store: Store) -> None:

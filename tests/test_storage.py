@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -13,7 +17,9 @@ import pytest
 from shoestring.errors import CheckpointError, OutputError
 from shoestring.storage import (
     RunFolder,
+    aside_of,
     atomic_path,
+    claim,
     crc32,
     fingerprint,
     read_json,
@@ -109,6 +115,86 @@ def test_a_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path: Path
     remove_leftovers(tmp_path)
     assert names(tmp_path) == [f".other.{alive}.partial", "run"]
     assert (tmp_path / "run" / "content").read_text() == f".run.{dead}.old"
+
+
+def test_what_another_machine_writes_stays_until_it_is_a_day_old_or_the_folder_is_claimed(
+    tmp_path: Path,
+) -> None:
+    """Its processes have numbers that mean nothing here."""
+    for name in ("new", "old", "busy"):
+        (tmp_path / f".{name}.99999999@node-7.partial").mkdir()
+        (tmp_path / f".{name}.99999999@node-7.partial" / "content").touch()
+    days_ago = time.time() - 2 * 24 * 3600
+    for name in ("old", "busy"):
+        folder = tmp_path / f".{name}.99999999@node-7.partial"
+        os.utime(folder, (days_ago, days_ago))
+    os.utime(tmp_path / ".old.99999999@node-7.partial" / "content", (days_ago, days_ago))
+    own = aside_of(tmp_path / "own")
+    own.touch()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([own.name, *(f".{n}.99999999@node-7.partial" for n in ("busy", "new"))])
+    remove_leftovers(tmp_path, claimed=True)
+    assert names(tmp_path) == [own.name]
+
+
+def test_a_claim_is_held_by_one_process_and_free_when_it_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from shoestring.storage import claim
+with claim(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            refused = (
+                rf"^{re.escape(str(tmp_path))}: process {holder.pid} on [\w-]+, "
+                r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d.*, is training this run\. Wait until .* --name\.$"
+            )
+            with pytest.raises(CheckpointError, match=refused), claim(tmp_path):
+                pass
+        finally:
+            holder.kill()
+    with claim(tmp_path):
+        pass
+
+
+def test_a_claim_is_free_again_after_use_and_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), claim(tmp_path / "run"):
+        raise RuntimeError("stop")
+    with (
+        claim(tmp_path / "run"),
+        claim(tmp_path / "another"),
+        pytest.raises(CheckpointError, match=f"process {os.getpid()} on .* is training this run"),
+        claim(tmp_path / "run"),
+    ):
+        pass
+    with claim(tmp_path / "run"):
+        (tmp_path / "run" / "recipe.yaml").touch()
+    assert names(tmp_path / "run") == ["recipe.yaml"]
+
+
+def test_a_folder_made_to_be_claimed_goes_again_where_nothing_came_of_it(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for name in ("new", "old", "used"):
+        with claim(tmp_path / name):
+            if name == "used":
+                (tmp_path / name / "recipe.yaml").touch()
+    assert names(tmp_path) == ["old", "used"]
+
+
+def test_a_file_system_without_locks_keeps_nobody_from_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with claim(tmp_path):
+        pass
 
 
 def test_an_error_between_the_two_renames_puts_the_old_folder_back(

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from shoestring.data.encode import EncodeSettings, encode
+from shoestring.data.manifest import FORMAT, shard_name
 from shoestring.data.seal import seal
 from shoestring.data.shards import write_lines, write_shard
 from shoestring.data.sources import open_source
-from shoestring.data.store import FORMAT, Store, shard_name
+from shoestring.data.store import Store
 
 CHUNK = 4096
 TOKENS, WIDTH = 77, 1024

@@ -14,9 +14,10 @@ from shoestring.cost.ledger import Ledger
 from shoestring.data.store import Store
 from shoestring.errors import StoreError
 from shoestring.interfaces import Log
-from shoestring.recipes.schema import Ema, Phase, Recipe
+from shoestring.recipes.schema import Ema, MaskRamp, Phase, Recipe
 from shoestring.runtime import pick_dtype, set_threads
 from shoestring.storage import RunFolder
+from shoestring.training.checkpoint import Saver
 from shoestring.training.loop import LoopSettings, Training
 from shoestring.training.tracking import Trackers, flops_text
 
@@ -37,10 +38,11 @@ def cost_lines(recipe: Recipe, device: torch.device) -> list[str]:
         total = 0.0
         for phase in recipe.phases:
             flops = build.phase_flops(recipe, phase, store)
-            total += flops * phase.images
+            of_phase = sum(flops[ratio] * images for ratio, images in phase.masks)
+            total += of_phase
             lines.append(
-                f"phase {phase.name}: {phase.images:,} images of {phase.size} px, mask {phase.mask:g}: "
-                f"{flops_text(flops)} an image, {flops_text(flops * phase.images)}"
+                f"phase {phase.name}: {phase.images:,} images of {phase.size} px, mask {_mask(phase)}: "
+                f"{flops_text(of_phase / phase.images)} an image, {flops_text(of_phase)}"
             )
     return [*lines, f"all phases: {recipe.images:,} images, {flops_text(total)}"]
 
@@ -49,12 +51,22 @@ def fitted(recipe: Recipe, minutes: float, device: torch.device, log: Log) -> Re
     """The recipe with its counts of images scaled so that its phases take about `minutes` here."""
     set_threads(recipe.train.threads)
     store = build.open_store(recipe, device=device, log=log)
-    rates = [images_per_second(recipe, phase, store, device) for phase in recipe.phases]
-    seconds = sum(phase.images / rate for phase, rate in zip(recipe.phases, rates, strict=True))
-    result = scaled(recipe, minutes * 60 / seconds)
-    speeds = ", ".join(f"{phase.name} {rate:.0f}" for phase, rate in zip(recipe.phases, rates, strict=True))
+    seconds = [phase_seconds(recipe, phase, store, device) for phase in recipe.phases]
+    result = scaled(recipe, minutes * 60 / sum(seconds))
+    speeds = ", ".join(
+        f"{phase.name} {phase.images / taken:.0f}"
+        for phase, taken in zip(recipe.phases, seconds, strict=True)
+    )
     log(f"Measured images/s: {speeds}. {minutes:g} minutes make {result.images:,} images.")
     return result
+
+
+def phase_seconds(recipe: Recipe, phase: Phase, store: Store, device: torch.device) -> float:
+    """How long a phase takes on this machine, each of its mask ratios measured."""
+    return sum(
+        images / images_per_second(recipe, phase.model_copy(update={"mask": ratio}), store, device)
+        for ratio, images in phase.masks
+    )
 
 
 def images_per_second(recipe: Recipe, phase: Phase, store: Store, device: torch.device) -> float:
@@ -64,8 +76,10 @@ def images_per_second(recipe: Recipe, phase: Phase, store: Store, device: torch.
     ledger = Ledger("", "", 0, "", 0)
     plan = build.plan_phase(recipe, endless, 0, store, objective, ledger)
     settings = LoopSettings(device, pick_dtype(recipe.train.dtype, device), recipe.train.microbatch)
-    turns = [build.make_turn(recipe, objective)]
-    training = Training(turns, [plan], RunFolder(Path()), Trackers([]), settings, ledger)
+    turns = [build.make_turn(recipe, objective, device=device)]
+    nowhere = RunFolder(Path())
+    saver = Saver(nowhere.checkpoints, keep=1, keep_every=None, background=False)
+    training = Training(turns, [plan], nowhere, Trackers([]), settings, ledger, saver)
     plan.enter()
     batches = plan.batches(0)
     for _ in range(WARM_UP_STEPS):
@@ -73,7 +87,8 @@ def images_per_second(recipe: Recipe, phase: Phase, store: Store, device: torch.
     images, started, seconds = 0, time.perf_counter(), 0.0
     while seconds < MEASURED_SECONDS:
         batch = next(batches)
-        training.step(plan, batch.to(device))
+        _, norm = training.step(plan, batch.to(device))
+        norm.item()  # waits for the device
         images += len(batch)
         seconds = time.perf_counter() - started
     batches.close()
@@ -84,7 +99,7 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
     """The recipe with every count of training images multiplied, phases rounded to whole batches."""
     train: dict[str, Any] = {
         key: max(1, round(count * factor))
-        for key in ("checkpoint_every", "preview_every")
+        for key in ("checkpoint_every", "keep_every", "preview_every")
         if (count := getattr(recipe.train, key)) is not None
     }
     changes = {
@@ -99,11 +114,19 @@ def _scaled_phase(phase: Phase, factor: float) -> Phase:
     images = max(1, round(phase.images * factor / phase.batch)) * phase.batch
     ema = phase.ema if isinstance(phase.ema, str) else _scaled_ema(phase.ema, factor)
     warmup = min(int(phase.warmup * factor), images - 1)
-    return phase.model_copy(update={"images": images, "warmup": warmup, "ema": ema})
+    mask, batches = phase.mask, images // phase.batch
+    if isinstance(mask, MaskRamp) and batches < mask.steps:
+        mask = mask.model_copy(update={"steps": batches}) if batches > 1 else mask.end
+    return phase.model_copy(update={"images": images, "warmup": warmup, "ema": ema, "mask": mask})
 
 
 def _scaled_ema(ema: Ema | None, factor: float) -> Ema | None:
     return ema and ema.model_copy(update={"start": int(ema.start * factor)})
+
+
+def _mask(phase: Phase) -> str:
+    start, end = phase.mask_ends
+    return f"{start:g}" if start == end else f"{start:g} to {end:g}"
 
 
 def _store_to_try(recipe: Recipe, folder: Path, device: torch.device) -> Store:

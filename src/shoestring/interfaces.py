@@ -45,10 +45,10 @@ class Batch:
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """Consecutive parts of at most `size` rows (gradient accumulation)."""
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
+    def parts(self, number: int) -> Iterator[Batch]:
+        """`number` consecutive parts whose sizes differ by one at most (gradient accumulation)."""
+        for part in range(number):
+            rows = slice(len(self) * part // number, len(self) * (part + 1) // number)
             yield Batch(
                 index=self.index[rows],
                 latents=self.latents[rows],

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, hashes, and the layout of a run folder."""
+"""Files that are whole or absent: atomic writes, hashes, who may write, and the layout of a run folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,21 @@ from safetensors import SafetensorError
 
 from shoestring.errors import CheckpointError, OutputError
 
+try:
+    import fcntl
+except ImportError:  # a system without such locks
+    fcntl = None  # type: ignore[assignment]
+
 _BLOCK = 1 << 22
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _REFUSED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),  # a file where a folder should be, or the reverse
 )
+_CLAIM = ".claim"
+_ABANDONED = 24 * 3600
+"""Seconds without a change after which another machine's half-written files are taken for left behind."""
 
 
 @contextmanager
@@ -35,19 +47,46 @@ def atomic_path(path: Path) -> Iterator[Path]:
     raises `OutputError`; nothing half-written is left under either name.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    aside = aside_of(path)
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
-            _flush(aside)
-            if path.is_dir():  # a folder cannot be replaced in one step: the old one steps aside, then goes
-                os.replace(path, old)
-            os.replace(aside, path)
+            flush(aside)
+            put_in_place(aside, path)
         finally:
-            _remove(aside)
-            _restore(old, path)
+            remove(aside)
+
+
+def aside_of(path: Path, kind: str = "partial") -> Path:
+    """Where this process writes what will be `path`, beside it; `remove_leftovers` knows such names."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{_machine()}.{kind}")
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Rename `aside` to `path`, instead of what was there, and have the disk keep the new name."""
+    old = aside_of(path, "old")
+    try:
+        if path.is_dir():  # a folder cannot be replaced in one step: the old one steps aside, then goes
+            os.replace(path, old)
+        os.replace(aside, path)
+        _sync(path.parent)
+    finally:
+        _restore(old, path)
+
+
+def flush(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder with everything in it."""
+    for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        _sync(each)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, or nothing where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -74,20 +113,51 @@ def raise_output_error(error: OSError, path: Path) -> None:
         ) from error
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, *, claimed: bool = False) -> None:
     """Remove what killed processes left half-written below `folder`; what a living one writes stays.
 
+    Whether a process of another machine lives cannot be asked: what it left goes a day after its last
+    change. With `claimed` nobody but this process writes below `folder`, and what others left goes at once.
     A folder that was being replaced gets its old content back where the new one had not arrived.
     """
     with writing_to(folder):
         for leftover in list(folder.rglob(".*")):
-            parts = re.fullmatch(r"\.(.+)\.(\d+)\.(partial|old)", leftover.name)
-            if parts is None or _alive(int(parts[2])):
+            # names of version 0.1 have no machine in them
+            parts = re.fullmatch(r"\.(.+)\.(\d+)(?:@([\w-]+))?\.(partial|old)", leftover.name)
+            if parts is None or _in_use(leftover, int(parts[2]), parts[3] or _machine(), claimed):
                 continue
-            if parts[3] == "old":
+            if parts[4] == "old":
                 _restore(leftover, leftover.with_name(parts[1]))
             else:
-                _remove(leftover)
+                remove(leftover)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone, so that no two train the same run at once.
+
+    Raises `CheckpointError` where another process holds it. The operating system keeps the lock (`flock` on
+    `.claim`) and frees it when its holder ends, however it ends; a `.claim` that a killed process left means
+    nothing by itself. Between machines the lock holds where their shared file system passes it on: NFS on
+    Linux does unless mounted with `nolock` or `local_lock`, Lustre does with `flock`. Where there are no
+    locks, nothing is kept apart. A folder made for this goes again where nothing else was written there.
+    """
+    path, new = folder / _CLAIM, not folder.exists()
+    with writing_to(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with writing_to(path):
+            _lock(lock, path)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+    finally:
+        os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -186,22 +256,43 @@ def _digest(path: Path, start: Any, update: Callable[[bytes, Any], Any]) -> Any:
     return value
 
 
-def _flush(path: Path) -> None:
-    """Ask the disk to keep a file, or every file in a folder, before it gets its final name."""
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _lock(lock: int, path: Path) -> None:
+    """Lock an open claim and name this process in it, for the message that others get."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(path)):
+            raise BlockingIOError  # its holder has just removed it, and somebody else made a new one
+    except (BlockingIOError, FileNotFoundError) as error:
+        raise CheckpointError(
+            f"{path.parent}: {_holder(path)} is training this run. Wait until it ends or stop it, then run "
+            "the same command again; or start a run of your own with another --name."
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps({"process": os.getpid(), "machine": _machine(), "since": since}).encode(), 0)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _holder(path: Path) -> str:
+    try:
+        held = read_json(path)
+        return f"process {held['process']} on {held['machine']}, since {held['since']},"
+    except (OSError, ValueError, LookupError, TypeError):  # it is writing its name just now
+        return "another process"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems sync files alone
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _refusal(error: OSError | SafetensorError) -> OSError:
@@ -216,7 +307,28 @@ def _restore(old: Path, path: Path) -> None:
     """Put a folder that stepped aside back where nothing has taken its place, else remove it."""
     if old.exists() and not path.exists():
         os.replace(old, path)
-    _remove(old)
+    remove(old)
+
+
+def _in_use(leftover: Path, process: int, machine: str, claimed: bool) -> bool:
+    """Whether somebody may still be writing what `process` of `machine` began."""
+    own = machine == _machine()
+    if claimed:
+        return own and process == os.getpid()
+    return _alive(process) if own else time.time() - _last_change(leftover) < _ABANDONED
+
+
+def _last_change(path: Path) -> float:
+    newest = 0.0
+    for each in [path, *path.rglob("*")]:
+        with suppress(FileNotFoundError):  # still being written, then: a temporary file that is gone by now
+            newest = max(newest, each.stat().st_mtime)
+    return newest
+
+
+def _machine() -> str:
+    """This machine's name, as it may stand in a file's."""
+    return re.sub(r"[^\w-]", "-", socket.gethostname()) or "unnamed"
 
 
 def _alive(process: int) -> bool:

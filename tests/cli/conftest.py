@@ -114,7 +114,7 @@ def metrics() -> Callable[[Path], list[dict[str, Any]]]:
 
     def read(folder: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        clocks = ("seconds", "images_per_second")
+        clocks = ("seconds", "images_per_second", "data_wait", "memory_bytes")
         told = [line for line in lines if line.get("text") != "resumed from a checkpoint"]
         return [{name: value for name, value in line.items() if name not in clocks} for line in told]
 

@@ -248,37 +248,6 @@ def test_a_killed_run_resumes_bit_for_bit(empty: Path, tiny: Path, metrics: Any)
     assert not list(empty.rglob("*.partial"))
 
 
-# --- starting from a trained network ---------------------------------------------------------------------
-
-
-def test_init_starts_from_the_runs_weights(here: Path, tiny: Path, command: Any) -> None:
-    phase = "{name: tuned, size: 32, images: 24, batch: 24, lr: 1.0e-12}"
-    sets = ("--set", f"phases=[{phase}]", "--set", "seed=5", "--set", "train.preview_every=null")
-    assert command("train", tiny, "--name", "tuned", "--set", "init=runs/tiny", *sets).code == 0
-    assert command("train", tiny, "--name", "fresh", *sets).code == 0
-    before = weights(here / "runs/tiny")
-    tuned, fresh = weights(here / "runs/tuned"), weights(here / "runs/fresh")
-    assert all(torch.allclose(before[name], tuned[name], atol=1e-8) for name in before)
-    assert not torch.allclose(before["patch_embed.weight"], fresh["patch_embed.weight"], atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("sets", "message"),
-    [
-        (("init=runs/tiny", "model.depth=2"), "init runs/tiny: does not fit this recipe. MicroDiT: "),
-        (("init=runs/tiny", "model.mlp_ratio=2"), "of another shape"),
-        (("init=runs/none",), "runs/none: neither a folder here nor a hub repository"),
-        (("init=photos",), "photos: no pipeline here (no model_index.json)"),
-    ],
-)
-def test_init_from_what_does_not_fit_is_refused(
-    sets: tuple[str, ...], message: str, here: Path, tiny: Path, command: Any
-) -> None:
-    words = [word for each in sets for word in ("--set", each)]
-    assert message in command("train", tiny, "--name", "new", *words).refused()
-    assert not (here / "runs/new").exists()
-
-
 # --- data that are no scenes -----------------------------------------------------------------------------
 
 
@@ -335,9 +304,9 @@ def test_a_corrupt_shard_is_named_with_its_cure_which_works(
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     sets = ("--name", "new", "--set", "data.store=parted")
     error = command("train", tiny, *sets).refused()
-    assert "parted/columns/latents-32/00002.safetensors is missing or does not match its checksum" in error
+    assert "parted/columns/latents-32/00002.safetensors does not match its checksum" in error
     cure = error.split("again with: ")[1]
-    assert cure.startswith("rm parted/chunks/00002.json && shoestring encode photos ")
+    assert cure.startswith("rm -f parted/chunks/00002.json && shoestring encode photos ")
     remove, encode = cure.split(" && ")
     subprocess.run(remove.split(), check=True)
     assert command(*encode.split()[1:]).code == 0

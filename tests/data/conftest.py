@@ -87,6 +87,15 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
     return make
 
 
+@pytest.fixture(scope="session")
+def chunked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 26 chunks of 8 rows (the last has 3) with 31 held out; not to be changed."""
+    path = tmp_path_factory.mktemp("chunked") / "store"
+    settings = EncodeSettings(sizes=(16,), chunk_rows=8, held_out=31)
+    assert encode(ListSource(make_rows(203)), path, settings, log=lambda line: None) is not None
+    return path
+
+
 @pytest.fixture
 def kl_folder(tmp_path: Path) -> Path:
     """A tiny AutoencoderKL with a scaling and a shift, saved."""

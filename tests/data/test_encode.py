@@ -45,7 +45,14 @@ def run(
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file but those on time spent; of the manifest, everything else."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    if "manifest.json" in files:
+        manifest = json.loads(files["manifest.json"])
+        timed = [manifest, *manifest.get("added", {}).values()]
+        assert all(each.pop("work") for each in timed)
+        files["manifest.json"] = json.dumps({**manifest, "sha256": ""}).encode()
+    return {name: data for name, data in files.items() if not name.startswith("work/")}
 
 
 # --- what is stored --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shoestring.data.order import permute, rows_at
+from shoestring.data.order import WindowOrder, permute, rows_at
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1000, 4097])
@@ -61,3 +61,84 @@ def test_positions_outside_are_refused() -> None:
         permute(0, 0, 5, np.array([5]))
     with pytest.raises(IndexError, match="no rows"):
         rows_at(0, 0, 0, 1)
+
+
+# --- windows -----------------------------------------------------------------------------------------------
+
+COUNTS = np.array([10, 1, 10, 10, 3, 10, 10, 10, 7, 10, 10, 2])
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 11, 12, 50])
+def test_with_a_window_an_epoch_holds_every_row_once(window: int) -> None:
+    order = WindowOrder(3, COUNTS, window)
+    n = len(order)
+    epochs = [order.rows_at(epoch * n, (epoch + 1) * n) for epoch in range(3)]
+    assert n == COUNTS.sum()
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(n))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_windowed_pieces_equal_the_whole(window: int) -> None:
+    """Any position on its own, in any grouping, across groups and epochs."""
+    order = WindowOrder(1, COUNTS, window)
+    whole = order.rows_at(0, 300)
+    for step in (1, 7, 64):
+        fresh = WindowOrder(1, COUNTS, window)
+        pieces = [fresh.rows_at(start, min(start + step, 300)) for start in range(0, 300, step)]
+        assert np.array_equal(np.concatenate(pieces), whole)
+    assert np.array_equal(WindowOrder(1, COUNTS, window).rows_at(290, 300), whole[290:])
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_only_the_chunks_of_a_group_are_needed_in_it(window: int) -> None:
+    order = WindowOrder(2, COUNTS, window)
+    chunk_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
+    position = 0
+    for group in order.groups_at(0, 3 * len(order)):
+        assert group.start == position
+        rows = order.rows_at(group.start, group.stop)
+        assert set(chunk_of[rows]) == set(group.chunks.tolist())
+        assert len(group.chunks) <= window
+        assert order.group_of(group.stop - 1).start == group.start
+        position = group.stop
+    assert position == 3 * len(order)
+
+
+def test_groups_are_even_so_that_none_mixes_little() -> None:
+    """17 chunks with a window of 16 are 8 and 9, not 16 and one alone."""
+    order = WindowOrder(0, np.full(17, 4), 16)
+    assert [len(group.chunks) for group in order.groups_at(0, len(order))] == [8, 9]
+
+
+def test_a_window_mixes_nearly_as_many_chunks_into_a_batch_as_chance_would() -> None:
+    """16 chunks in the window, batches of 64: 16 (1 - (15/16)^64) = 15.7 distinct chunks in the mean."""
+    order = WindowOrder(0, np.full(160, 256), 16)
+    batches = order.rows_at(0, len(order)).reshape(-1, 64) // 256
+    distinct = [len(set(batch.tolist())) for batch in batches]
+    assert abs(np.mean(distinct) - 16 * (1 - (15 / 16) ** 64)) < 0.05
+
+
+def test_within_a_window_every_row_is_equally_likely_at_every_position() -> None:
+    """200 seeds: each of 8 rows about 25 times at each position, within five deviations."""
+    n = 8
+    seen = np.zeros((n, n))
+    for seed in range(200):
+        seen[np.arange(n), WindowOrder(seed, np.full(4, 2), 2).rows_at(0, n)] += 1
+    assert abs(seen - 200 / n).max() < 5 * (200 / n * (1 - 1 / n)) ** 0.5
+
+
+def test_the_windowed_numbers_are_frozen() -> None:
+    """Exact resume of existing runs depends on these; they must never change."""
+    assert WindowOrder(7, np.array([4, 2, 3, 4, 1]), 2).rows_at(10, 30).tolist() == [
+        *[5, 11, 12, 10],
+        *[13, 7, 4, 6, 5, 8, 2, 0, 12, 1, 11, 9, 10, 3],  # an epoch
+        *[7, 6],
+    ]
+
+
+def test_a_window_of_nothing_is_refused() -> None:
+    for counts, window in (([3, 3], 0), ([], 1)):
+        with pytest.raises(IndexError, match="at least one chunk"):
+            WindowOrder(0, np.array(counts, dtype=np.int64), window)

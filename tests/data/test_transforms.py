@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shoestring.data.transforms import BadImage, decode, mirrored, prepare, says_side
+from shoestring.data.transforms import BadImage, decode, mirrored, prepare, quiet_pillow, says_side
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -88,9 +90,59 @@ def test_palette_grey_and_cmyk_become_rgb() -> None:
     assert decode(encoded(red.convert("CMYK"), "JPEG")).mode == "RGB"
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_colour_named_transparent_is_white(mode: str) -> None:
+    """A file without an alpha channel may name a colour that stands for transparent."""
+    picture = Image.new("RGB", (2, 1), (255, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 255))
+    picture = picture.quantize(2) if mode == "P" else picture.convert(mode)
+    kept = np.asarray(picture.convert("RGB"))[0, 0].tolist()
+    data = encoded(picture, transparency=picture.getpixel((1, 0)))
+    assert np.asarray(decode(data))[0].tolist() == [kept, [255, 255, 255]]
+
+
 def test_sixteen_bit_grey_keeps_its_range() -> None:
-    grey = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
-    assert np.asarray(decode(encoded(grey)))[0, :, 0].tolist() == [0, 128, 255]
+    values = np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)
+    files = {
+        "png": encoded(Image.fromarray(values)),
+        "little-endian tiff": encoded(Image.fromarray(values), "TIFF"),
+        "32-bit tiff": encoded(Image.fromarray(values.astype(np.int32)), "TIFF"),
+        "pgm": b"P5 3 1 65535\n" + values.astype(">u2").tobytes(),
+    }
+    for name, data in files.items():
+        assert np.asarray(decode(data))[0, :, 0].tolist() == [0, 128, 255], name
+
+
+def test_values_of_unknown_range_are_refused() -> None:
+    """Pillow would make a float picture black, and larger whole numbers white."""
+    for values in (np.full((4, 4), 0.5, np.float32), np.full((4, 4), 2**20, np.int32)):
+        with pytest.raises(BadImage, match=r"^more than 16 bits a value$"):
+            decode(encoded(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_picture_is_taken(form: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+    assert np.asarray(decode(data))[4, 4].tolist() == [255, 0, 0]
+
+
+def test_broken_metadata_does_not_cost_a_picture() -> None:
+    """Nor does Pillow's complaint about it reach the console from any of the threads that decode."""
+    picture = Image.fromarray(smooth(32, 32))
+    broken = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"
+    files = [encoded(picture, "JPEG", exif=broken) for _ in range(64)]
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(8) as pool, quiet_pillow():
+            decoded = list(pool.map(decode, files))
+        assert not heard
+        decode(files[0])
+        assert heard, "outside, Pillow may say what it likes"
+    assert {each.size for each in decoded} == {(32, 32)}
+    assert warnings.filters == before
 
 
 def test_a_turned_photo_is_set_upright() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
 from shoestring.errors import RecipeError
+from shoestring.models import autoencoders
 from shoestring.models.autoencoders import (
     LatentScaling,
     PixelAutoencoder,
@@ -120,6 +123,98 @@ def test_the_tiny_autoencoder_needs_no_scaling(images: Tensor) -> None:
     assert as_scaling(model).is_identity
     with torch.no_grad():
         assert torch.equal(encode_images(model, images)[0], model.encode(images).latents)
+
+
+def _flux(vae: Any, images: Tensor) -> Tensor:
+    from diffusers import FluxImg2ImgPipeline
+
+    generator = torch.Generator().manual_seed(3)
+    return FluxImg2ImgPipeline._encode_vae_image(SimpleNamespace(vae=vae), images, generator)
+
+
+def _sdxl(vae: Any, images: Tensor) -> Tensor:
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    generator, where = torch.Generator().manual_seed(3), (torch.float32, torch.device("cpu"))
+    return StableDiffusionXLImg2ImgPipeline.prepare_latents(
+        SimpleNamespace(vae=vae), images, None, len(images), 1, *where, generator, add_noise=False
+    )
+
+
+def _sana(vae: Any, images: Tensor) -> Tensor:
+    from diffusers import SanaSprintImg2ImgPipeline
+
+    scheduler = SimpleNamespace(config=SimpleNamespace(sigma_data=1.0))
+    pipeline, start = SimpleNamespace(vae=vae, scheduler=scheduler, vae_scale_factor=2), torch.zeros(())
+    size, where = (len(images), 8, 16, 16), (torch.float32, torch.device("cpu"))
+    return SanaSprintImg2ImgPipeline.prepare_latents(pipeline, images, start, *size, *where, None)
+
+
+MEAN, STD = (0.1, -0.2, 0.3, -0.4), (2.0, 4.0, 8.0, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "theirs"),
+    [
+        (lambda: kl(scaling_factor=0.3611, shift_factor=0.1159), _flux),
+        (lambda: kl(scaling_factor=0.13025), _sdxl),
+        (lambda: kl(scaling_factor=0.5, latents_mean=MEAN, latents_std=STD), _sdxl),
+        (dc, _sana),
+    ],
+    ids=["flux", "sdxl", "playground", "sana"],
+)
+def test_scaled_latents_are_those_of_diffusers_pipelines(
+    make: Callable[[], nn.Module], theirs: Callable[[Any, Tensor], Tensor], images: Tensor
+) -> None:
+    """The pipelines' own code, run on the autoencoder alone: encode, draw, scale."""
+    model = make().eval()
+    raw, spread = encode_images(model, images)
+    if spread is not None:
+        raw = sample_latents(raw, spread, torch.randn(raw.shape, generator=torch.Generator().manual_seed(3)))
+    with torch.no_grad():
+        expected = theirs(model, images)
+    assert not as_scaling(model).is_identity
+    torch.testing.assert_close(scale_latents(model, raw), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl", "tiny", "dc"])
+def test_memory_is_bounded_by_encoding_and_decoding_a_few_at_a_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any batch goes through in parts of so many pixels, and comes out as it would whole."""
+    model = MAKERS[name][0]().eval()
+    images = torch.rand(5, 3, 16, 16) * 2 - 1
+    mean, spread = encode_images(model, images)
+    with torch.no_grad():
+        decoded = decode_latents(model, mean)
+    monkeypatch.setattr(autoencoders, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    sizes: list[int] = []
+    for part in (model.encoder, model.decoder):
+        part.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    parts, spreads = encode_images(model, images)
+    with torch.no_grad():
+        torch.testing.assert_close(decode_latents(model, mean), decoded, rtol=1e-5, atol=1e-5)
+    assert sizes == [2, 2, 1] * 2
+    torch.testing.assert_close(parts, mean, rtol=1e-5, atol=1e-5)
+    if spread is not None:
+        torch.testing.assert_close(spreads, spread, rtol=1e-5, atol=1e-5)
+
+
+def test_in_half_precision_an_autoencoder_that_would_overflow_works_in_float32(images: Tensor) -> None:
+    """diffusers' `force_upcast`, on by default in AutoencoderKL: float16 weights, float32 arithmetic."""
+    model = kl(force_upcast=True).eval()
+    with torch.no_grad():
+        model.encoder.conv_out.weight.mul_(1e5)
+    half, whole = model.half(), kl(force_upcast=False).eval()
+    whole.load_state_dict(half.state_dict())
+    mean, spread = encode_images(half, images)
+    expected, _ = encode_images(whole, images)
+    assert expected.abs().max() > torch.finfo(torch.float16).max
+    assert spread is not None
+    torch.testing.assert_close(mean, expected)
+    with torch.no_grad():
+        assert decode_latents(half, mean).isfinite().all()
+    assert half.dtype == torch.float16
 
 
 def test_pixels_are_the_identity(images: Tensor) -> None:

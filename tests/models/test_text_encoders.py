@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from transformers import (
     GPT2Config,
     GPT2Model,
     PreTrainedTokenizerFast,
+    SiglipTextConfig,
+    SiglipTextModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -219,6 +222,25 @@ def test_a_pipelines_folder_and_a_projection(tmp_path: Path) -> None:
     assert (encoder.width, encoded.pooled.shape) == (16, (1, 8))
 
 
+def test_siglip_runs_on_captions_padded_to_one_length_without_a_mask(tmp_path: Path) -> None:
+    """As it is trained, and pools the last position: nothing may depend on what it is encoded beside."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = SiglipTextConfig(vocab_size=44, max_position_embeddings=LIMIT, **sizes)
+    plain = SiglipTextModel(config).eval()
+    plain.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    encoder = load_text_encoder(str(tmp_path))
+    alone, beside = encoder.encode(["w1 w2"]), encoder.encode(["w1 w2", "w3 w4 w5 w6"])
+    inputs = tokenizer()("w1 w2", padding="max_length", max_length=LIMIT, return_tensors="pt")
+    with torch.no_grad():
+        expected = plain(input_ids=inputs["input_ids"])
+    for encoded in (alone, beside):
+        assert encoded.pooled is not None
+        torch.testing.assert_close(encoded.tokens[0], expected.last_hidden_state[0, :4], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(encoded.pooled[0], expected.pooler_output[0], atol=1e-5, rtol=1e-4)
+
+
 def test_any_other_text_model_works(tmp_path: Path) -> None:
     torch.manual_seed(0)
     GPT2Model(GPT2Config(vocab_size=44, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(
@@ -230,6 +252,17 @@ def test_any_other_text_model_works(tmp_path: Path) -> None:
     encoder = load_text_encoder(str(tmp_path))
     expected = one_by_one(GPT2Model.from_pretrained(tmp_path), CAPTIONS[:1])[0]
     torch.testing.assert_close(encoder.encode(CAPTIONS[:1]).tokens[0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hashing", "clip"])
+def test_tokens_are_counted_without_running_the_model(name: str, clip: Path) -> None:
+    encoder = load_text_encoder(name if name == "hashing" else str(clip), max_tokens=4)
+    encoded = encoder.encode(CAPTIONS)
+    assert [max(0, length - 4) for length in encoder.lengths(CAPTIONS)] == encoded.cut
+    encoder.model.forward = None  # type: ignore[assignment]
+    (line,) = encoder.warnings([CAPTIONS[2], CAPTIONS[3]])
+    assert f"the last {encoded.cut[3]} of its tokens are ignored (it takes 4): w5 w5" in line
+    assert encoder.lengths([]) == []
 
 
 def test_identity_does_not_change_with_use_and_tells_weights_apart(clip: Path, tmp_path: Path) -> None:
@@ -258,6 +291,22 @@ def test_a_model_without_its_tokenizer_is_refused(t5: Path) -> None:
     """transformers would make up a tokenizer without a vocabulary."""
     (t5 / "tokenizer.json").unlink()
     with pytest.raises(RecipeError, match=r"tokenizer cannot be loaded.*Copy the tokenizer's files"):
+        load_text_encoder(str(t5))
+
+
+@pytest.mark.parametrize(
+    ("blocked", "packages"),
+    [("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")],
+)
+def test_a_sentencepiece_tokenizer_says_what_to_install(
+    blocked: str, packages: str, t5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask for tiktoken."""
+    (t5 / "tokenizer.json").unlink()
+    (t5 / "spiece.model").write_bytes(b"a model that nothing here can read")
+    (t5 / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    monkeypatch.setitem(sys.modules, blocked, None)
+    with pytest.raises(RecipeError, match=f"reading its tokenizer needs {packages}: pip install {packages}"):
         load_text_encoder(str(t5))
 
 

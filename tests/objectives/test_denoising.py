@@ -38,7 +38,7 @@ def test_a_dropped_caption_is_one_zero_token_with_a_mask_and_all_zero_without() 
 def test_draws_belong_to_images_not_to_batches() -> None:
     """Two batches of 4 keep and drop what one batch of 8 does."""
     whole = make_batch(8)
-    parts = list(whole.split(4))
+    parts = list(whole.parts(2))
     keep = draw_keep(whole, 2, 0.75, seed=3)
     assert keep is not None
     halves = [draw_keep(part, 2, 0.75, seed=3) for part in parts]

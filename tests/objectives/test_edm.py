@@ -90,5 +90,5 @@ def test_a_phase_changes_the_numbers() -> None:
 def test_losses_do_not_depend_on_the_grouping_into_batches() -> None:
     objective = EDMObjective(Constant(0.3), seed=0, mask=0.5)
     whole = make_batch(8)
-    parts = torch.cat([objective(part).per_sample for part in whole.split(3)])
+    parts = torch.cat([objective(part).per_sample for part in whole.parts(3)])
     assert torch.allclose(objective(whole).per_sample, parts, rtol=1e-5)

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from shoestring.errors import RecipeError
 from shoestring.recipes.load import builtin_names, changed_keys, describe, dump, load_recipe
-from shoestring.recipes.schema import Recipe
+from shoestring.recipes.schema import FREE_KEYS, ROUNDING_KEYS, Recipe
 
 SMALL = Path(__file__).with_name("small.yaml")
 
@@ -227,6 +228,35 @@ def test_equal_recipes_have_no_changed_keys() -> None:
     assert changed_keys(load_recipe(SMALL), load_recipe(SMALL)) == []
     changed = changed_keys(load_recipe(SMALL), load_recipe(SMALL, ["ema=null"]))
     assert all(line.startswith("ema.") and line.endswith("-> None") for line in changed)
+
+
+def test_keys_that_may_change_are_told_apart_from_those_that_are_learned_by() -> None:
+    old = load_recipe(SMALL)
+    sets = [
+        *("parallel.kind=fsdp2", "phases.1.microbatch=4", "train.keep=5", "evaluation.seeds=7"),
+        *("phases.1.lr=1", "train.grad_clip=7", "train.dtype=float32", "sampling.guidance=9"),
+    ]
+    new = load_recipe(SMALL, sets)
+    assert [line.split(":")[0] for line in changed_keys(old, new, but=FREE_KEYS)] == [
+        *("phases.1.lr", "train.grad_clip", "train.dtype", "sampling.guidance")
+    ]
+    rounding = {line.split(":")[0] for line in changed_keys(old, new, only=ROUNDING_KEYS)}
+    assert {"parallel.kind", "phases.1.microbatch"} <= rounding
+    assert all(key.startswith("parallel.") or key == "phases.1.microbatch" for key in rounding)
+    assert set(ROUNDING_KEYS) < set(FREE_KEYS)
+
+
+@pytest.mark.parametrize("pattern", FREE_KEYS)
+def test_every_pattern_of_free_keys_names_a_key(pattern: str) -> None:
+    keys = yaml.safe_load(dump(load_recipe(SMALL, ["parallel.kind=fsdp2"])))
+    place = [keys]
+    for part in pattern.split("."):
+        place = (
+            [each[part] for each in place]
+            if part != "*"
+            else [inner for each in place for inner in (each.values() if isinstance(each, dict) else each)]
+        )
+    assert place
 
 
 def test_recipes_load_without_torch() -> None:

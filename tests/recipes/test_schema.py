@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from shoestring.errors import RecipeError
+from shoestring.recipes.checks import SCHEDULERS
 from shoestring.recipes.load import load_recipe
-from shoestring.recipes.schema import SCHEDULERS, MicroDiTModel, parse_images
+from shoestring.recipes.schema import MicroDiTModel, parse_images
 
 SMALL = Path(__file__).with_name("small.yaml")
 
@@ -68,6 +69,12 @@ def test_model_section_has_the_constructors_arguments_and_defaults() -> None:
             "train.grad_clip",
         ),
         (["ema.decays=[0.9]", "ema.start=1B"], "ema.start"),
+        (
+            ["train.microbatch=8", "phases.0.microbatch=4", "phases.1.microbatch=null"],
+            "train.microbatch",
+        ),
+        (["phases.0.optimizer=fresh"], "phases.0.optimizer"),
+        (["train.checkpoint_every=10k", "train.keep_every=9999"], "train.keep_every"),
     ],
 )
 def test_setting_without_effect_is_an_error(sets: list[str], key: str) -> None:
@@ -134,3 +141,16 @@ def test_a_phase_inherits_replaces_or_drops_the_average_and_the_gradient_limit()
     recipe = load_recipe(SMALL, sets)
     assert [recipe.ema_in(phase) for phase in recipe.phases] == [recipe.ema, None]
     assert [recipe.grad_clip_in(phase) for phase in recipe.phases] == [1.0, None]
+
+
+def test_a_phase_inherits_replaces_or_drops_the_microbatch() -> None:
+    sets = ["train.microbatch=8", "phases.1.microbatch=null"]
+    recipe = load_recipe(SMALL, sets)
+    assert [recipe.microbatch_in(phase) for phase in recipe.phases] == [8, None]
+    recipe = load_recipe(SMALL, ["phases.1.microbatch=4"])
+    assert [recipe.microbatch_in(phase) for phase in recipe.phases] == [None, 4]
+
+
+def test_checkpoints_may_be_kept_as_often_as_they_are_written() -> None:
+    sets = ["train.checkpoint_every=10k", "train.keep_every=10k"]
+    assert load_recipe(SMALL, sets).train.keep_every == 10_000

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shoestring.errors import RecipeError
-from shoestring.recipes.schema import SCHEDULERS
+from shoestring.recipes.checks import SCHEDULERS
 from shoestring.sampling.schedulers import EDM, FLOW, make_scheduler
 
 

@@ -20,6 +20,7 @@ from shoestring.interfaces import Batch, Loss, Objective
 from shoestring.runtime import keyed_normal
 from shoestring.storage import RunFolder
 from shoestring.training import checkpoint
+from shoestring.training.checkpoint import Saver
 from shoestring.training.loop import LoopSettings, PhasePlan, Training, Turn
 from shoestring.training.optimizers import OptimizerSettings, make_optimizers
 from shoestring.training.tracking import JsonLines, Trackers
@@ -69,16 +70,20 @@ def make(
         return PhasePlan(
             name=name,
             images=40,
+            batch=8,
             enter=lambda: None,
             batches=batches(offset, 8, 40),
             lr=lambda images: 1e-2 * (1 - images / 80),
             cost=lambda: ledger.phase(name, 1, 0.0),
-            flops_per_image=10.0,
+            flops_per_image=lambda images: 10.0,
             **more,
         )
 
+    optimizers = make_optimizers(objective.trained, OptimizerSettings(kind=kind))
+    keep, keep_every = settings.pop("keep", 2), settings.pop("keep_every", None)
+    background = settings.pop("background", False)
     training = Training(
-        turns=[Turn("net", objective, make_optimizers(objective.trained, OptimizerSettings(kind=kind)))],
+        turns=[Turn("net", objective, optimizers, objective)],
         phases=[
             plan("first", 0, grad_clip=0.5),
             plan("second", 40, ema_decays=(0.9, 0.5), ema_start=16),
@@ -89,6 +94,7 @@ def make(
             torch.device("cpu"), microbatch=microbatch, **{"log_every": 8, "checkpoint_every": 16, **settings}
         ),
         ledger=ledger,
+        saver=Saver(folder.checkpoints, keep=keep, keep_every=keep_every, background=background),
     )
     return training, objective
 
@@ -178,11 +184,10 @@ def test_averages_begin_where_the_phase_says(tmp_path: Path) -> None:
     training.train()
     assert training.emas["net"].decays == (0.9, 0.5)
     own = weights(training)
-    with training.averaged(1):
-        assert not torch.equal(
-            training.turns[0].objective.trained.state_dict()["net.0.weight"], own["w/net.0.weight"]
-        )
-    assert same(own, weights(training))
+    shown = training.weights()
+    assert torch.equal(shown["net.0.weight"], own["e/0.9/net.0.weight"])
+    assert not torch.equal(shown["net.0.weight"], own["w/net.0.weight"])
+    assert same(own, weights(training)), "looking changes nothing"
 
 
 def test_the_ledger_counts_every_image_once(tmp_path: Path) -> None:
@@ -232,10 +237,9 @@ def test_a_loss_spike_stops_and_an_ordinary_rise_does_not(tmp_path: Path) -> Non
 def test_only_the_last_checkpoints_are_kept_and_callbacks_see_averages(tmp_path: Path) -> None:
     training, _ = make(tmp_path, keep=2, preview_every=40)
     seen: list[tuple[str, int, Tensor]] = []
-    first = training.turns[0].objective.trained["net"][0]  # type: ignore[index]
 
     def note(what: str) -> Any:
-        return lambda images: seen.append((what, images, first.weight.detach().clone()))
+        return lambda images, weights, *ledger: seen.append((what, images, weights["net.0.weight"]))
 
     training.on_checkpoint, training.on_preview = note("checkpoint"), note("preview")
     training.train()

@@ -2,41 +2,15 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from shoestring.storage import RunFolder, write_json
+from shoestring.storage import RunFolder, read_json, write_json
 from shoestring.training.report import write_report
-from shoestring.training.svg import Line, bar, chart, short, smoothed, thinned, ticks
-
-VOID = {"meta", "img", "br", "link", "input", "hr"}
-
-
-class Balanced(HTMLParser):
-    """Checks that every element is closed in order, and collects the links and sources."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """A tag closed in itself."""
 
 
 @pytest.fixture
@@ -67,9 +41,14 @@ def run(tmp_path: Path) -> RunFolder:
     ]
     records: list[dict[str, object]] = [
         {"kind": "train", "images": n, "phase": "masked" if n <= 600 else "dense", "loss": 1 / n, "lr": 1e-3}
-        | {"grad_norm": 0.5, "images_per_second": 20.0, "seconds": n / 20}
+        | {"grad_norm": 0.5, "images_per_second": 20.0, "seconds": n / 20, "mask": 0.5 if n <= 600 else 0.0}
+        | {"data_wait": 0.125, "memory_bytes": 2**30 + n, "by_noise": {"-2": 0.2, "1": 0.6, "-6": 0.1}}
         for n in range(10, 1001, 10)
     ]
+    for record in records[::2]:  # few images are drawn at this noise level
+        del record["by_noise"]["-6"]  # type: ignore[attr-defined]
+    for record in records[1:80:2]:
+        del record["by_noise"]["-6"]  # type: ignore[attr-defined]
     records.append({"kind": "held_out", "images": 500, "loss": 0.3, "by_noise": {"-2.0": 0.1, "1.0": 0.5}})
     records.append({"kind": "held_out", "images": 1000, "loss": 0.2, "by_noise": {"-2.0": 0.1, "1.0": 0.3}})
     records.append({"kind": "event", "images": 600, "text": "resumed & went on"})
@@ -126,34 +105,109 @@ def test_report_tells_what_every_file_holds(run: RunFolder) -> None:
         assert told in text, told
 
 
-def test_report_is_one_file_of_sound_html(run: RunFolder) -> None:
+def test_report_is_one_file_of_sound_html(run: RunFolder, sources_of: Any) -> None:
+    assert len(sources_of(report_of(run))) == 3
+
+
+def figures(run: RunFolder) -> dict[str, str]:
+    """The report's curves by their titles."""
+    found = re.findall(r'<figure class="chart"><figcaption>(.*?)</figcaption>(.*?)</figure>', report_of(run))
+    return dict(found)
+
+
+def test_every_kind_of_record_has_its_curve_and_phases_are_named_in_it(run: RunFolder) -> None:
+    drawn = figures(run)
+    assert list(drawn) == [
+        "Loss",
+        "Loss by noise level",
+        "Held-out loss by noise level",
+        "Loss by training time",
+        "Gradient norm",
+        "Learning rate",
+        "Images a second",
+        "Waiting for data, % of the time",
+        "Peak memory of the phase, GiB",
+    ]
+    for title, figure in drawn.items():
+        named = [f"<title>{name}</title>" in figure for name in ("masked", "dense")]
+        assert all(named) if title != "Loss by training time" else not any(named)
+
+
+def test_a_noise_level_met_too_seldom_is_no_curve(run: RunFolder) -> None:
+    assert re.findall(r"</i>(.*?)</span>", figures(run)["Loss by noise level"]) == ["log σ -2", "log σ 1"]
+
+
+def with_records(run: RunFolder, records: list[dict[str, Any]]) -> None:
+    with open(run.metrics, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def test_a_mask_that_changes_within_a_phase_is_drawn(run: RunFolder) -> None:
+    assert "Patches left out, %" not in figures(run)
+    with_records(run, [{"kind": "train", "images": 1010, "phase": "dense", "loss": 1.0, "mask": 0.25}])
+    figure = figures(run)["Patches left out, %"]
+    (path,) = re.findall(r'class="line s0" d="M(.*?)"', figure)
+    heights = [float(point.split()[1]) for point in path.split("L")]
+    assert min(heights) == heights[0], "half of the patches is the most"
+    assert heights[-1] == pytest.approx((heights[0] + heights[-2]) / 2, abs=0.1), "a quarter lies halfway"
+
+
+def test_experts_are_drawn_layer_by_layer_where_there_are_any(run: RunFolder) -> None:
+    titles = {"Tokens that no expert takes, %", "Tokens that three or more take, %"}
+    assert not titles & set(figures(run))
+    load = {"unused": 0.2, "many": 0.1, "heaviest": 2.0, "lightest": 0.25}
+    experts = {"patch_mixer.1": load, "transformer_blocks.1": load | {"lightest": 0.5}}
+    more = {"loss": 0.1, "by_noise": {"-2.0": 0.1}, "experts": experts}
+    with_records(run, [{"kind": "held_out", "images": images, **more} for images in (1010, 1020)])
+    drawn = figures(run)
+    assert titles < set(drawn)
+    both = drawn["Heaviest and lightest expert, 1 is even"]
+    assert both.count('class="line') == 4
+    assert re.findall(r"</i>(.*?)</span>", both) == ["patch_mixer.1", "transformer_blocks.1"]
+
+
+def test_cost_tells_waiting_and_the_time_besides_the_steps(run: RunFolder) -> None:
+    ledger = read_json(run.ledger)
+    ledger["phases"][0] |= {"data_wait_seconds": 1.5, "mask": 0.75, "mask_end": 0.5}
+    ledger["total"]["data_wait_seconds"] = 1.5
+    ledger["extra"] = {"checkpoint_seconds": 5.0, "preview_seconds": 30.0}
+    ledger["processes"] = 4
+    write_json(run.ledger, ledger)
     text = report_of(run)
-    page = Balanced(text)
-    assert page.open == []
-    assert len(page.sources) == 3
-    assert all(source.startswith("data:image/") for source in page.sources)
-    assert "<script" not in text
-    assert "http" not in text
-    for svg in re.findall(r"<svg.*?</svg>", text):
-        ElementTree.fromstring(svg)
+    for told in (
+        "75 % → 50 %",
+        "5.0 %",  # of the first phase
+        "2.3 %",  # of the whole
+        "checkpoint 0:05 (5.0 %), preview 0:30 (30.0 %); 1:40 in all",
+        "4 processes",
+    ):
+        assert told in text, told
 
 
-def test_phases_are_named_in_every_curve(run: RunFolder) -> None:
-    for name in ("masked", "dense"):
-        assert report_of(run).count(f"<title>{name}</title>") == 5
+def test_a_run_in_progress_is_ahead_of_its_ledger(run: RunFolder) -> None:
+    """The ledger is written at checkpoints; the head and the bands go by the newest record."""
+    with_records(
+        run, [{"kind": "train", "images": 1500, "phase": "third", "loss": 0.1, "seconds": 80, "flops": 9e12}]
+    )
+    text = report_of(run)
+    assert "<b>1,500</b>" in text
+    assert "<b>1:20</b>" in text
+    assert "<b>9 TFLOP</b>" in text
+    assert "The 500 images since the last checkpoint are not in it yet." in text
+    assert "<title>third</title>" in text
 
 
 @pytest.mark.parametrize(
     "gone", ["recipe.yaml", "metrics.jsonl", "ledger.json", "evaluation.json", "samples", "previews"]
 )
 @pytest.mark.parametrize("how", ["missing", "broken"])
-def test_any_file_may_be_missing_or_broken(run: RunFolder, gone: str, how: str) -> None:
+def test_any_file_may_be_missing_or_broken(run: RunFolder, gone: str, how: str, sources_of: Any) -> None:
     path = run.root / gone
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             file.unlink() if how == "missing" else file.write_bytes(b'{"half": [1, \xff')
     text = report_of(run)
-    assert Balanced(text).open == []
+    sources_of(text)
     assert ("2,000,000 parameters" in text) == (gone != "ledger.json")
     assert ("90.0 %" in text) == (gone != "evaluation.json")
     assert ("✓ right" in text) == (gone != "samples")
@@ -174,49 +228,3 @@ def test_large_pictures_are_made_small(run: RunFolder) -> None:
     Image.fromarray(noise).save(run.previews / "000001000.png")
     assert (run.previews / "000001000.png").stat().st_size > 3e6
     assert len(report_of(run)) < 1e6
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "log"), [(0, 1, False), (0.03, 0.9, True), (3, 3.2, True), (5, 6e6, True)]
-)
-def test_ticks_are_three_to_seven_round_values_inside(low: float, high: float, log: bool) -> None:
-    values = ticks(low, high, log)
-    assert 3 <= len(values) <= 7
-    assert values == sorted(values)
-    assert low <= values[0]
-    assert values[-1] <= high * (1 + 1e-9)
-    assert all(len(short(value)) <= 6 for value in values)
-
-
-def test_curves_lie_inside_the_drawing_and_higher_values_are_higher() -> None:
-    text = chart("t", [Line([(0, 1.0), (50, 10.0), (100, 100.0)])], log=True)
-    (path,) = re.findall(r'class="line s0" d="M(.*?)"', text)
-    points = np.array([[float(each) for each in point.split()] for point in path.split("L")])
-    assert (np.diff(points[:, 1]) < 0).all()
-    assert points[1, 1] == pytest.approx(points[::2, 1].mean(), abs=0.2), "10 is halfway from 1 to 100"
-    assert points.min() >= 0
-    assert points[:, 0].max() <= 420
-
-
-def test_a_smoothed_line_stays_straight_and_calms_noise() -> None:
-    line = [(float(x), 2.0 * x) for x in range(1000)]
-    inner = [(x, y) for x, y in smoothed(line) if 100 < x < 900]
-    assert all(y == pytest.approx(2 * x, rel=1e-6) for x, y in inner)
-    noise = np.random.default_rng(0).normal(size=1000)
-    calm = [y for _, y in smoothed(list(enumerate(noise)))]
-    assert np.std(calm) < 0.25
-
-
-def test_thinning_keeps_highs_and_lows() -> None:
-    values = np.random.default_rng(0).normal(size=5000)
-    thin = thinned(list(enumerate(values)))
-    assert len(thin) <= 700
-    assert max(y for _, y in thin) == values.max()
-    assert min(y for _, y in thin) == values.min()
-    assert [x for x, _ in thin] == sorted(x for x, _ in thin)
-
-
-def test_a_bar_is_as_long_as_its_share() -> None:
-    drawn = ElementTree.fromstring(bar(0.25, 0.2, 0.3))
-    track, fill = drawn.findall("rect")
-    assert float(fill.attrib["width"]) / float(track.attrib["width"]) == 0.25

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +11,6 @@ import typer
 
 if TYPE_CHECKING:
     from shoestring.data.encode import EncodeSettings
-    from shoestring.data.rows import Source
     from shoestring.data.store import Store
 
 
@@ -25,6 +26,9 @@ def encode(
         str, typer.Option(help="none: real tokens only; encoder: padded as the encoder does.")
     ] = "none",
     max_tokens: Annotated[int | None, typer.Option(help="Longest caption in tokens. [the encoder's]")] = None,
+    text_dtype: Annotated[
+        str, typer.Option(help="Tokens as float16, or as int8 with scales: half the bytes.")
+    ] = "float16",
     held_out: Annotated[
         int | None, typer.Option(help="Rows kept out of training (scenes: of each held-out split). [0; 1024]")
     ] = None,
@@ -38,7 +42,9 @@ def encode(
     caption_column: Annotated[
         list[str] | None, typer.Option(help="Column of captions; may be repeated.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split to read where a source has several.")] = "train",
+    split: Annotated[
+        str | None, typer.Option(help="Split to read where a source has several. [train]")
+    ] = None,
     worker: Annotated[str, typer.Option(help="This worker of all: 0/4, 1/4, ...")] = "0/1",
     chunk_rows: Annotated[int, typer.Option(help="Rows of a chunk, the unit of work.")] = 4096,
     level: Annotated[str | None, typer.Option(help="scenes: cells or free. [cells]")] = None,
@@ -61,6 +67,7 @@ def encode(
         sizes=tuple(size or [32]),
         pad=pad,
         max_tokens=max_tokens,
+        text_dtype=text_dtype,
         log_variance=log_variance,
         flip=flip,
         upscale=upscale,
@@ -77,8 +84,8 @@ def encode(
         scenes=_scene_options(is_scenes, asked, held_out, settings),
     )
     begun = time.perf_counter()
-    numbers = _worker(worker)
-    store = _with_progress(run, opened, out, settings, pick_device(device), numbers)
+    numbers = worker_of(worker)
+    store = with_progress(partial(run, opened, out, settings, device=pick_device(device), worker=numbers))
     _closing_line(store, out, numbers, time.perf_counter() - begun)
 
 
@@ -98,7 +105,8 @@ def _scene_options(
     return {**given, "size": max(settings.sizes)}
 
 
-def _worker(text: str) -> tuple[int, int]:
+def worker_of(text: str) -> tuple[int, int]:
+    """`1/4` as (1, 4)."""
     from shoestring.errors import StoreError
 
     rank, _, count = text.partition("/")
@@ -107,10 +115,8 @@ def _worker(text: str) -> tuple[int, int]:
     return int(rank), int(count)
 
 
-def _with_progress(
-    run: Any, source: Source, out: Path, settings: EncodeSettings, device: Any, worker: tuple[int, int]
-) -> Store | None:
-    """Encode with a bar that shows images a second and the time left."""
+def with_progress(run: Callable[..., Store | None]) -> Store | None:
+    """Call `run` with a log, and a bar that shows images a second and the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -130,16 +136,10 @@ def _with_progress(
             of = "" if total is None else f" of {total:,}"
             bar.update(task, completed=done, total=total, of=of, speed=f"{speed:,.0f}/s" if speed else "")
 
-        store: Store | None = run(
-            source,
-            out,
-            settings,
-            device=device,
-            worker=worker,
+        return run(
             log=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
             progress=progress,
         )
-    return store
 
 
 def _closing_line(store: Store | None, out: Path, worker: tuple[int, int], seconds: float) -> None:

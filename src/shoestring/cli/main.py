@@ -26,6 +26,8 @@ COMMANDS = {
     "sample": "Make pictures from prompts.",
     "evaluate": "Measure a run: exact scene accuracy, loss on held-out images.",
     "report": "Write a run's report.html: curves, pictures, scores, cost.",
+    "compare": "Compare runs: curves, what differs, scores and cost, in one HTML file.",
+    "convert": "Turn a published MicroDiT checkpoint into a pipeline folder, or back.",
     "recipes": "List the built-in recipes, or print one resolved.",
 }
 """Each command in its own module of this folder, as a function (or a group of subcommands) of its name."""
@@ -36,15 +38,36 @@ TRACEBACK = "SHOESTRING_TRACEBACK"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends by raising `SystemExit`, but for mistakes of our own."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "WORLD_SIZE" in os.environ:  # torch's remarks would come from every process; its errors stay
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         make_app(arguments)(args=arguments, prog_name="shoestring")
     except ShoestringError as error:
         if os.environ.get(TRACEBACK, "0") not in {"", "0"}:
             traceback.print_exc()
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        _say_once(error)
         raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        if _say_once(error):
+            traceback.print_exc()
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _say_once(error: Exception) -> bool:
+    """Print an error as one line, unless another process of the run says the cause; whether it was said."""
+    if "WORLD_SIZE" in os.environ:
+        from shoestring.processes import explained
+
+        text = explained(error)
+    else:
+        text = " ".join(str(error).split())
+    if text is not None:
+        typer.echo(f"error: {text}", err=True)
+    return text is not None
 
 
 def make_app(arguments: Sequence[str]) -> typer.Typer:

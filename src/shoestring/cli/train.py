@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from shoestring.processes import World
     from shoestring.recipes.schema import Recipe
 
 INTERRUPTED = 130
@@ -32,38 +33,67 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost; train nothing.")
     ] = False,
 ) -> None:
-    """Train by a recipe. Ctrl-C saves a checkpoint; `--resume` goes on from it exactly."""
-    from shoestring import build, estimate
-    from shoestring.recipes.load import dump
-    from shoestring.runtime import pick_device
-    from shoestring.storage import RunFolder
+    """Train by a recipe. Ctrl-C saves a checkpoint; `--resume` goes on from it exactly.
+
+    On several processes: torchrun --nproc-per-node N -m shoestring train RECIPE (docs/cluster.md).
+    """
+    from shoestring.processes import join
 
     sets = [*(set_ or ()), *([f"train.dtype={dtype}"] if dtype else [])]
-    loaded, run = _recipe_and_run(recipe, sets, name, runs)
-    if dry_run:
-        typer.echo(dump(loaded), nl=False)
-        for line in estimate.cost_lines(loaded, pick_device(device)):
-            typer.echo(f"# {line}")
-        return
-    chosen = pick_device(device)
-    build.check_claim(loaded, RunFolder(run), resume)
-    store = build.open_store(loaded, device=chosen, log=_say)
-    training = build.make_training(loaded, RunFolder(run), store, device=chosen, resume=resume, log=_say)
-    if training.finished:
-        typer.echo(f"{run} is finished: {training.progress.images:,} images.")
-        return
-    finished = training.train()
+    with join(device) as (world, own_device):
+        loaded, run = _recipe_and_run(recipe, sets, name, runs)
+        if dry_run:
+            if world.is_main:
+                _print_plan(loaded, own_device)
+            return
+        finished = _train(loaded, run, own_device, resume, world)
     if not finished:
-        typer.echo(
-            f"Stopped after {training.progress.images:,} images; a checkpoint is saved. "
-            f"Go on with: shoestring train {run} --resume",
-            err=True,
-        )
         raise typer.Exit(INTERRUPTED)
+
+
+def _print_plan(recipe: Recipe, device: str) -> None:
+    from shoestring import estimate
+    from shoestring.recipes.load import dump
+    from shoestring.runtime import pick_device
+
+    typer.echo(dump(recipe), nl=False)
+    for line in estimate.cost_lines(recipe, pick_device(device)):
+        typer.echo(f"# {line}")
+
+
+def _train(recipe: Recipe, folder: Path, device: str, resume: bool, world: World) -> bool:
+    """Train to the end and write the report; False when stopped on request."""
+    from shoestring import build
+    from shoestring.runtime import pick_device
+    from shoestring.storage import RunFolder
     from shoestring.training.report import write_report
 
-    report = write_report(RunFolder(run))
-    typer.echo(f"{run}: {training.progress.images:,} images. Pipeline in {run}/pipeline, report in {report}.")
+    def say(text: str) -> None:
+        if world.is_main:
+            typer.echo(text, err=True)
+
+    run, chosen = RunFolder(folder), pick_device(device)
+    if world.is_main:
+        build.check_claim(recipe, run, resume)
+    store = build.open_store(recipe, device=chosen, log=say, world=world)
+    with build.claimed(run, world):
+        training = build.make_training(recipe, run, store, device=chosen, resume=resume, log=say, world=world)
+        images = training.progress.images
+        if training.finished:
+            if world.is_main:
+                typer.echo(f"{folder} is finished: {images:,} images.")
+            return True
+        finished = training.train()
+        images = training.progress.images
+        if not finished:
+            say(
+                f"Stopped after {images:,} images; a checkpoint is saved. "
+                f"Go on with: shoestring train {folder} --resume"
+            )
+        elif world.is_main:
+            report = write_report(run)
+            typer.echo(f"{folder}: {images:,} images. Pipeline in {folder}/pipeline, report in {report}.")
+    return finished
 
 
 def _recipe_and_run(recipe: str, sets: list[str], name: str | None, runs: Path) -> tuple[Recipe, Path]:
@@ -78,7 +108,3 @@ def _recipe_and_run(recipe: str, sets: list[str], name: str | None, runs: Path) 
         return loaded, runs / loaded.name if name else folder
     loaded = load_recipe(recipe, sets)
     return loaded, runs / loaded.name
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)

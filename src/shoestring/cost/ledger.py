@@ -16,6 +16,7 @@ class PhaseCost:
     name: str
     size: int
     mask: float
+    mask_end: float | None = None  # where it is another than `mask`, with which the phase began
     images: int = 0
     steps: int = 0
     flops: float = 0.0
@@ -33,15 +34,16 @@ class Ledger:
     threads: int
     dtype: str
     parameters: int
+    processes: int = 1
     phases: list[PhaseCost] = field(default_factory=list)
     extra: dict[str, float] = field(default_factory=dict)
 
-    def phase(self, name: str, size: int, mask: float) -> PhaseCost:
+    def phase(self, name: str, size: int, mask: float, mask_end: float | None = None) -> PhaseCost:
         """The entry of a phase, made where it is not there yet."""
         for entry in self.phases:
             if entry.name == name:
                 return entry
-        self.phases.append(PhaseCost(name, size, mask))
+        self.phases.append(PhaseCost(name, size, mask, None if mask_end == mask else mask_end))
         return self.phases[-1]
 
     def spend(self, what: str, seconds: float) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -27,28 +28,21 @@ import torch
 from numpy.typing import NDArray
 
 import shoestring
+from shoestring.data.begun import begin, captions_of_source
+from shoestring.data.chunks import ChunkWriter, Markers, Work
+from shoestring.data.encoders import PIXELS_AT_ONCE, CaptionEncoder, Encoders, ImageEncoder
+from shoestring.data.manifest import BEGUN, FORMAT, MANIFEST
 from shoestring.data.rows import Row, Source
 from shoestring.data.seal import check_bad, seal
-from shoestring.data.shards import FileEntry, write_lines, write_shard
-from shoestring.data.store import BEGUN, FORMAT, MANIFEST, Store, marker_name, shard_name, split_revision
-from shoestring.data.transforms import BadImage, Prepared, mirrored, prepare, says_side
-from shoestring.errors import ShoestringError, SourceError, StoreError
+from shoestring.data.store import Store
+from shoestring.data.text_column import FLOAT16
+from shoestring.data.transforms import BadImage, Prepared, prepare, quiet_pillow, says_side
+from shoestring.errors import SourceError, StoreError
 from shoestring.interfaces import Log
-from shoestring.models.autoencoders import (
-    PIXELS,
-    PixelAutoencoder,
-    as_scaling,
-    encode_images,
-    latent_channels,
-    load_autoencoder,
-    spatial_factor,
-    weights_fingerprint,
-)
-from shoestring.models.text_encoders import HASHING, TextEncoder, load_text_encoder
-from shoestring.storage import read_json, write_json, writing_to
+from shoestring.models.autoencoders import PIXELS
+from shoestring.models.text_encoders import HASHING
+from shoestring.storage import read_json, writing_to
 
-PIXELS_AT_ONCE = 2**22  # of a batch of images for the autoencoder
-CAPTIONS_AT_ONCE = 1024
 ENOUGH_ROWS = 1000  # rows after which the share of bad ones is believed
 
 Progress = Callable[[int, int | None], None]
@@ -64,6 +58,7 @@ class EncodeSettings:
     sizes: tuple[int, ...] = (32,)
     pad: str = "none"
     max_tokens: int | None = None
+    text_dtype: str = FLOAT16  # or int8: half the bytes (text_column.py)
     log_variance: bool = False  # store the latents' distribution, to be sampled anew in each epoch
     flip: bool = False  # store a mirrored version beside each image whose captions say no side
     upscale: bool = False  # enlarge images that are too small instead of leaving them out
@@ -92,6 +87,14 @@ class EncodeSettings:
             words += [name] if value is True else [name, str(value)]
         return words + [word for size in self.sizes for word in ("--size", str(size))]
 
+    def load(self, device: torch.device) -> Encoders:
+        """The encoders that these settings name."""
+        image = ImageEncoder.load(self.autoencoder, device=device, log_variance=self.log_variance)
+        text = CaptionEncoder.load(
+            self.text_encoder, self.text_dtype, pad=self.pad, max_tokens=self.max_tokens, device=device
+        )
+        return Encoders(image, text)
+
 
 def encode(
     source: Source,
@@ -102,21 +105,22 @@ def encode(
     worker: tuple[int, int] = (0, 1),
     log: Log = print,
     progress: Progress | None = None,
+    encoders: Encoders | None = None,
 ) -> Store | None:
     """Encode this worker's chunks of `source` into the store `out`; the finished store, or None.
 
-    None means that other workers have chunks left to do. Running it again goes on where it stopped. Raises
-    `StoreError` where `out` was begun with other settings, `SourceError` where too many rows are bad.
+    None means that other workers have chunks left to do. Running it again goes on where it stopped. Ready
+    `encoders` stand for those that `settings` names. Raises `StoreError` where `out` was begun with other
+    settings, `SourceError` where too many rows are bad.
     """
-    rank, count = worker
-    if not 0 <= rank < count:
-        raise StoreError(f"worker {rank}/{count}: give 0/{count} to {count - 1}/{count}.")
+    check_worker(worker)
     out = Path(out)
     _check_place(out)
-    job = _Job(source, out, settings, _Models.load(settings, device or torch.device("cpu")))
+    device = device or torch.device("cpu")
+    job = _Job(source, out, settings, encoders or settings.load(device))
     job.begin()
     if not (out / MANIFEST).is_file() or job.markers() is None:
-        job.run(rank, count, progress or (lambda done, total: None))
+        job.run(worker, Work(out, worker, device), progress or (lambda done, total: None))
         markers = job.markers()
         if markers is None:
             return None
@@ -124,72 +128,11 @@ def encode(
     return Store.open(out)
 
 
-@dataclass
-class _Models:
-    """Both encoders on their device."""
-
-    autoencoder: torch.nn.Module
-    text: TextEncoder
-    device: torch.device
-    names: tuple[tuple[str, str | None], tuple[str, str | None]]
-
-    @classmethod
-    def load(cls, settings: EncodeSettings, device: torch.device) -> _Models:
-        image, text = split_revision(settings.autoencoder), split_revision(settings.text_encoder)
-        autoencoder = load_autoencoder(image[0], revision=image[1])
-        encoder = load_text_encoder(
-            text[0], max_tokens=settings.max_tokens, pad=settings.pad, revision=text[1]
-        )
-        factor = spatial_factor(autoencoder)
-        if odd := [size for size in settings.sizes if size % factor]:
-            raise StoreError(
-                f"size {odd[0]}: this autoencoder needs multiples of {factor}; "
-                f"nearest: {max(1, odd[0] // factor) * factor} or {(odd[0] // factor + 1) * factor}."
-            )
-        if settings.log_variance and type(autoencoder).__name__ != "AutoencoderKL":
-            raise StoreError(
-                f"log_variance: {settings.autoencoder} gives no distribution. Leave out --log-variance."
-            )
-        encoder.model.to(device)
-        return cls(autoencoder.to(device), encoder, device, (image, text))
-
-    @property
-    def is_pixels(self) -> bool:
-        return isinstance(self.autoencoder, PixelAutoencoder)
-
-    def identity(self, sizes: tuple[int, ...]) -> dict[str, Any]:
-        """The manifest's entries on encoders and latents."""
-        scaling, factor = as_scaling(self.autoencoder), spatial_factor(self.autoencoder)
-        channels = latent_channels(self.autoencoder)
-        probe = self.text.encode(["a probe"])
-        return {
-            "autoencoder": {
-                "id": self.names[0][0],
-                "revision": self.names[0][1],
-                "class": type(self.autoencoder).__name__,
-                "channels": channels,
-                "spatial_factor": factor,
-                "scaling": {"shift": list(scaling.shift), "factor": list(scaling.factor)},
-                "weights": weights_fingerprint(self.autoencoder),
-            },
-            "text_encoder": self.text.identity()
-            | {"pooled": None if probe.pooled is None else probe.pooled.shape[1]},
-            "latent_dtype": "uint8 (x = value / 127.5 - 1)" if self.is_pixels else "float16, raw (unscaled)",
-            "text_dtype": "float16",
-            "null_caption": "one zero token",
-            "sizes": {str(size): [channels, size // factor, size // factor] for size in sizes},
-        }
-
-    def encode(self, pictures: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Pictures (B, H, W, 3) -> mean and log-variance as stored."""
-        if self.is_pixels:
-            return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)), None
-        images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        mean, log_variance = encode_images(self.autoencoder, images)
-        latents = mean.half().cpu().numpy()
-        if not np.isfinite(latents).all():
-            raise ShoestringError(f"autoencoder {self.names[0][0]}: gave latents beyond float16's range.")
-        return latents, None if log_variance is None else log_variance.half().cpu().numpy()
+def check_worker(worker: tuple[int, int]) -> None:
+    """Raise `StoreError` for a worker that is not one of its count."""
+    rank, count = worker
+    if not 0 <= rank < count:
+        raise StoreError(f"worker {rank}/{count}: give 0/{count} to {count - 1}/{count}.")
 
 
 @dataclass
@@ -215,31 +158,41 @@ class _Chunk:
             self.splits.append([row.split, 0])
         self.splits[-1][1] += 1
 
+    def table(self) -> dict[str, NDArray[Any]]:
+        """The arrays of the chunk's shard of rows."""
+        size_crop = np.array(self.size_crop, dtype=np.int32).reshape(len(self.records), 6)
+        return caption_table(self.caption_ids) | {"size_crop": size_crop}
+
+    def said(self) -> dict[str, Any]:
+        """What the marker says of the chunk's rows."""
+        return {
+            "source_rows": self.source_rows,
+            "splits": self.splits,
+            "skipped": self.skipped,
+            "mirrored": self.mirrored,
+        }
+
 
 class _Job:
     """One worker's encoding of one source into one store."""
 
-    def __init__(self, source: Source, out: Path, settings: EncodeSettings, models: _Models) -> None:
-        self.source, self.out, self.settings, self.models = source, out, settings, models
+    def __init__(self, source: Source, out: Path, settings: EncodeSettings, encoders: Encoders) -> None:
+        self.source, self.out, self.settings, self.encoders = source, out, settings, encoders
         self.threads = min(8, os.cpu_count() or 1)
-        self.batch = max(1, min(256, PIXELS_AT_ONCE // max(settings.sizes) ** 2))
+        self.batch = batch_of(settings.sizes)
 
     # --- what the store was begun with -------------------------------------------------------------------
 
     def begin(self) -> None:
         """Write down what this store is made of, or compare with what is there."""
-        path = self.out / BEGUN
-        asked = self._identity()
-        if not path.is_file():
-            write_json(path, asked)
-        begun = read_json(path)
-        differences = list(_differences(begun, asked))
-        if differences:
-            raise StoreError(
-                f"{self.out}: was begun with other settings: {'; '.join(differences[:6])}. "
-                "Use the same settings, or another --out."
-            )
-        self.begun = begun
+        text = self.encoders.text
+        self.begun = begin(
+            self.out,
+            self._identity(),
+            lambda: text.calibrated(captions_of_source(self.source) if text.needs_calibration else ()),
+            instead="another --out, or add to a finished store with `shoestring store add`",
+        )
+        self.chunks = Markers(self.out, old=self.begun["format"] == 1)
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings
@@ -248,7 +201,11 @@ class _Job:
             "shoestring": shoestring.__version__,
             "command": shlex.join(["shoestring", "encode", *self.source.words, *settings.options()]),
             "source": self.source.describe(),
-            **self.models.identity(settings.sizes),
+            "autoencoder": self.encoders.image.identity(),
+            **self.encoders.text.identity(),
+            "latent_dtype": self.encoders.image.dtype,
+            "null_caption": "one zero token",
+            "sizes": self.encoders.image.shapes(settings.sizes),
             "preprocessing": {
                 "crop": "centre square",
                 "resize": "bicubic with antialias (Pillow)",
@@ -262,36 +219,29 @@ class _Job:
 
     # --- chunks ------------------------------------------------------------------------------------------
 
-    def run(self, rank: int, count: int, progress: Progress) -> None:
+    def run(self, worker: tuple[int, int], work: Work, progress: Progress) -> None:
         """Encode this worker's unfinished chunks."""
-        step, total = self.settings.chunk_rows, self.total_rows()
+        (chunk, count), step, total = worker, self.settings.chunk_rows, self.total_rows()
         todo = None
         if total is not None:
-            starts = range(rank * step, total, count * step)
-            todo = sum(min(step, total - start) for start in starts if self.marker(start // step) is None)
+            starts = range(chunk * step, total, count * step)
+            todo = sum(min(step, total - start) for start in starts if self.chunks.of(start // step) is None)
         done, bad = 0, Counter[str]()
-        chunk = rank
-        with ThreadPoolExecutor(self.threads) as pool:
+        with ThreadPoolExecutor(self.threads) as pool, quiet_pillow():
             while total is None or chunk * step < total:
-                if self.marker(chunk) is None:
+                if self.chunks.of(chunk) is None:
+                    begun = time.perf_counter()
                     found = self._read_chunk(chunk, pool, partial(_tell, progress, done, todo))
                     if not found.source_rows:
                         break
-                    self._write_chunk(chunk, found)
+                    finish = self._write_chunk(chunk, found)
+                    work.add(found.source_rows, time.perf_counter() - begun)
+                    finish()
                     done += found.source_rows
                     bad.update(each["reason"] for each in found.skipped)
                     if done >= ENOUGH_ROWS:
                         check_bad(bad, done, self.settings.max_bad)
                 chunk += count
-
-    def marker(self, chunk: int) -> dict[str, Any] | None:
-        """What a finished chunk's marker says; None where it or one of its files is missing."""
-        try:
-            marker: dict[str, Any] = read_json(self.out / marker_name(chunk))
-            whole = all((self.out / e["path"]).stat().st_size == e["bytes"] for e in marker["files"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return marker if whole else None
 
     def total_rows(self) -> int | None:
         """Rows of the source: as it says, as the manifest says, or where a chunk ended early."""
@@ -299,24 +249,16 @@ class _Job:
             return self.source.num_rows
         with contextlib.suppress(OSError, ValueError, KeyError):
             return int(read_json(self.out / MANIFEST)["source_rows"])
-        for path in sorted((self.out / "chunks").glob("*.json"), reverse=True):
-            marker = self.marker(int(path.stem))
+        for chunk in self.chunks.numbers():
+            marker = self.chunks.of(chunk)
             if marker is not None and marker["source_rows"] < self.settings.chunk_rows:
-                return int(marker["chunk"]) * self.settings.chunk_rows + int(marker["source_rows"])
+                return chunk * self.settings.chunk_rows + int(marker["source_rows"])
         return None
 
     def markers(self) -> list[dict[str, Any]] | None:
         """The markers of all chunks, or None while one is missing."""
         total = self.total_rows()
-        if total is None:
-            return None
-        markers = []
-        for chunk in range(-(-total // self.settings.chunk_rows)):
-            marker = self.marker(chunk)
-            if marker is None:
-                return None
-            markers.append(marker)
-        return markers
+        return None if total is None else self.chunks.all(-(-total // self.settings.chunk_rows))
 
     def _read_chunk(self, chunk: int, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> _Chunk:
         start = chunk * self.settings.chunk_rows
@@ -361,90 +303,40 @@ class _Job:
         found.mirrored += int(mirror.sum())
         for size in self.settings.sizes:
             pictures = np.stack([prepared.pictures[size] for _, prepared in good])
-            mean, spread = self.models.encode(pictures)
-            arrays = {"mean": mean}
-            if self.settings.log_variance and spread is not None:
-                arrays["log_variance"] = spread
-            if self.settings.flip:
-                for name, array in list(arrays.items()):
-                    arrays[f"{name}_flipped"] = array.copy()
-                if mirror.any():
-                    turned = np.stack([mirrored(each) for each in pictures[mirror]])
-                    for name, values in zip(
-                        ("mean", "log_variance"), self.models.encode(turned), strict=True
-                    ):
-                        if name in arrays and values is not None:
-                            arrays[f"{name}_flipped"][mirror] = values
             column = found.latents.setdefault(size, {})
+            arrays = self.encoders.image.columns(pictures, mirror if self.settings.flip else None)
             for name, array in arrays.items():
                 column.setdefault(name, []).append(array)
 
-    def _write_chunk(self, chunk: int, found: _Chunk) -> None:
-        """Shards first, the marker last."""
-        rows, files = len(found.records), []
-
-        def shard(column: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-            files.append(write_shard(self.out, shard_name(column, chunk), arrays, rows))
-
+    def _write_chunk(self, chunk: int, found: _Chunk) -> Callable[[], None]:
+        """Write the shards; what is returned writes the marker."""
+        writer = ChunkWriter(self.out, self.begun, chunk, len(found.records))
         for size, shape in self.begun["sizes"].items():
-            names = found.latents.get(int(size), {})
-            kind = np.uint8 if self.models.is_pixels else np.float16
-            empty: dict[str, NDArray[Any]] = {} if names else {"mean": np.empty((0, *shape), kind)}
-            shard(f"latents-{size}", empty | {name: np.concatenate(parts) for name, parts in names.items()})
-        text, cut = self._encode_text(list(found.captions))
-        shard("text", text)
-        lengths = [len(ids) for ids in found.caption_ids]
-        shard(
-            "rows",
-            {
-                "caption_offsets": np.cumsum([0, *lengths]).astype(np.int64),
-                "caption_ids": np.array([i for ids in found.caption_ids for i in ids], dtype=np.int64),
-                "size_crop": np.array(found.size_crop, dtype=np.int32).reshape(rows, 6),
-            },
-        )
-        files.append(write_lines(self.out, shard_name("json", chunk), found.records))
-        write_json(self.out / marker_name(chunk), _marker_of(chunk, found, files, cut))
+            parts = found.latents.get(int(size), {})
+            latents = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+            writer.arrays(f"latents-{size}", latents or self.encoders.image.none(shape))
+        arrays, said = self.encoders.text.columns(list(found.captions), self.begun.get("text_channels"))
+        writer.arrays("text", arrays)
+        writer.arrays("rows", found.table())
+        writer.lines("json", found.records)
+        return lambda: writer.finish(found.said() | said)
 
-    def _encode_text(self, captions: list[str]) -> tuple[dict[str, NDArray[Any]], list[int]]:
-        """The text shard of a chunk's unique captions, and how many tokens of each were cut."""
-        width = self.models.text.width
-        lengths, cut = [0], list[int]()
-        parts, pooled = [torch.zeros(0, width).half()], list[torch.Tensor]()
-        for start in range(0, len(captions), CAPTIONS_AT_ONCE):
-            encoded = self.models.text.encode(captions[start : start + CAPTIONS_AT_ONCE])
-            lengths += [len(each) for each in encoded.tokens]
-            parts.append(torch.cat(encoded.tokens).half())
-            pooled += [] if encoded.pooled is None else [encoded.pooled.half()]
-            cut += encoded.cut
-        tokens = torch.cat(parts)
-        if not torch.isfinite(tokens).all():
-            raise ShoestringError(
-                f"text encoder {self.settings.text_encoder}: gave tokens beyond float16's range."
-            )
-        arrays: dict[str, NDArray[Any]] = {
-            "tokens": tokens.numpy(),
-            "offsets": np.cumsum(lengths).astype(np.int64),
-        }
-        if pooled:
-            arrays["pooled"] = torch.cat(pooled).numpy()
-        return arrays, cut
+
+def batch_of(sizes: tuple[int, ...]) -> int:
+    """Pictures of these sizes that are encoded at once."""
+    return max(1, min(256, PIXELS_AT_ONCE // max(sizes) ** 2))
+
+
+def caption_table(caption_ids: list[list[int]]) -> dict[str, NDArray[np.int64]]:
+    """Which captions each row has, as the arrays of a shard."""
+    return {
+        "caption_offsets": np.cumsum([0, *map(len, caption_ids)]).astype(np.int64),
+        "caption_ids": np.array([each for ids in caption_ids for each in ids], dtype=np.int64),
+    }
 
 
 def _tell(progress: Progress, before: int, todo: int | None, rows: int) -> None:
     progress(before + rows, todo)
-
-
-def _marker_of(chunk: int, found: _Chunk, files: list[FileEntry], cut: list[int]) -> dict[str, Any]:
-    return {
-        "chunk": chunk,
-        "source_rows": found.source_rows,
-        "rows": len(found.records),
-        "splits": found.splits,
-        "skipped": found.skipped,
-        "cut": {"captions": sum(each > 0 for each in cut), "tokens": sum(cut)},
-        "mirrored": found.mirrored,
-        "files": [entry.to_json() for entry in files],
-    }
 
 
 def _check_place(out: Path) -> None:
@@ -452,19 +344,7 @@ def _check_place(out: Path) -> None:
     with writing_to(out):
         if out.exists() and not out.is_dir():
             raise StoreError(f"{out}: is a file. Give a folder for the store.")
-        if out.is_dir() and any(out.iterdir()) and not (out / BEGUN).is_file():
+        is_store = (out / BEGUN).is_file() or (out / "chunks").is_dir()
+        if out.is_dir() and any(out.iterdir()) and not is_store:
             raise StoreError(f"{out}: holds other files and is not a store. Give a new or an empty folder.")
         out.mkdir(parents=True, exist_ok=True)
-
-
-def _differences(begun: Any, asked: Any, name: str = "") -> Iterator[str]:
-    """What two descriptions of a store disagree on, apart from names that change no number."""
-    if name in ("shoestring", "command", "source.path", "autoencoder.id", "text_encoder.id") or (
-        name.endswith(".revision")
-    ):
-        return
-    if isinstance(begun, dict) and isinstance(asked, dict):
-        for key in sorted(begun.keys() | asked.keys()):
-            yield from _differences(begun.get(key), asked.get(key), f"{name}.{key}".lstrip("."))
-    elif begun != asked:
-        yield f"{name} {begun} there, {asked} now"

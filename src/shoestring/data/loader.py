@@ -12,17 +12,20 @@ import queue
 import threading
 from collections.abc import Generator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shoestring.data.order import rows_at
+from shoestring.data.shards import Array
+from shoestring.data.splits import Rows
 from shoestring.data.store import Store
+from shoestring.data.window import Keeper, make_window
 from shoestring.errors import StoreError
 from shoestring.interfaces import Batch
 from shoestring.runtime import keyed_normal, keyed_uniform
 
 AHEAD = 2  # batches made before they are asked for
+PATIENCE = 2 * (AHEAD + 1)  # batches that one process may be ahead of another, and some
 EXTRA = ("pooled", "size_crop")
 
 
@@ -30,7 +33,9 @@ class Loader:
     """Reads global batches of `batch_size` images; this process takes slice `rank` of `world` of each.
 
     `extra` names more tensors for `Batch.extra`: `pooled` (the caption's single vector), `size_crop`.
-    Without `captions` a batch carries no caption strings, which spares reading them.
+    Without `captions` a batch carries no caption strings, which spares reading them. With a `window` the rows
+    of that many chunks are mixed at a time, and the next ones are fetched meanwhile (data/window.py); one as
+    large as the store is none.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Loader:
         world: int = 1,
         extra: Sequence[str] = (),
         captions: bool = True,
+        window: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         store.check(size=size)
@@ -64,6 +70,8 @@ class Loader:
         self.store, self.size, self.split = store, size, store.splits[split]
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.extra, self.captions, self.pin_memory = tuple(extra), captions, pin_memory
+        self.window = make_window(store, self.split, seed, window)
+        self.columns = store.columns(size, captions=captions, size_crop="size_crop" in extra)
 
     def __len__(self) -> int:
         """Images in one epoch."""
@@ -88,14 +96,21 @@ class Loader:
             torch.set_num_threads(1)  # for this thread, whose work is small ...
             torch.get_num_threads()  # (takes effect here before it is set for the others)
             alone.set()
+            keeper = self.window and Keeper(self.store, self.window, self.columns, patience=PATIENCE)
             try:
                 for begin in range(start, stop, self.batch_size):
                     if stopped.is_set():
-                        return
-                    put(self.batch(begin, min(begin + self.batch_size, stop)))
+                        break
+                    end = min(begin + self.batch_size, stop)
+                    if keeper:
+                        keeper.move(begin, end, stop)
+                    put(self.batch(begin, end))
                 put(None)
             except BaseException as error:  # raised again where the batch is asked for
                 put(error)
+            finally:
+                if keeper:
+                    keeper.close()
 
         threads, alone = torch.get_num_threads(), threading.Event()
         thread = threading.Thread(target=work, name="shoestring-loader", daemon=True)
@@ -117,7 +132,7 @@ class Loader:
         stop = start + count * (self.rank + 1) // self.world
         start = start + count * self.rank // self.world
         index = torch.arange(start, stop)
-        rows = self.split.rows(rows_at(self.seed, len(self.split), start, stop))
+        rows = self._rows(start, stop)
         choice = keyed_uniform(self.seed, "caption", index).numpy()
         text, mask = self.store.padded_text(rows, choice)
         batch = Batch(
@@ -130,7 +145,12 @@ class Loader:
         )
         return _pinned(batch) if self.pin_memory else batch
 
-    def _latents(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]], index: Tensor) -> Tensor:
+    def _rows(self, start: int, stop: int) -> Rows:
+        if self.window:
+            return self.window.rows_at(start, stop)
+        return self.split.rows(rows_at(self.seed, len(self.split), start, stop))
+
+    def _latents(self, rows: Rows, index: Tensor) -> Tensor:
         noise = flipped = None
         if self.store.has_log_variance:
             noise = keyed_normal(self.seed, "latent", index, self.store.latent_shape(self.size))
@@ -138,11 +158,7 @@ class Loader:
             flipped = keyed_uniform(self.seed, "flip", index).numpy() < 0.5
         return self.store.latents(self.size, rows, noise=noise, flipped=flipped)
 
-    def _extra(
-        self,
-        rows: np.ndarray[tuple[int], np.dtype[np.int64]],
-        choice: np.ndarray[tuple[int], np.dtype[np.float32]],
-    ) -> dict[str, Tensor]:
+    def _extra(self, rows: Rows, choice: Array) -> dict[str, Tensor]:
         extra: dict[str, Tensor] = {}
         if "pooled" in self.extra and (pooled := self.store.pooled(rows, choice)) is not None:
             extra["pooled"] = pooled

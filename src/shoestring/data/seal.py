@@ -1,21 +1,35 @@
-"""Sealing a store: splits, what was left out, and the manifest, written once every chunk is finished."""
+"""Sealing a store: splits, what was left out, and the manifest, written once every chunk is finished.
+
+Additions to the store (add.py) whose chunks are all finished go into the manifest as well.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shoestring.data.begun import CALIBRATED
+from shoestring.data.chunks import Markers, work_of
+from shoestring.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    SKIPPED,
+    addition_name,
+    check_origins,
+    marker_name,
+    read_begun,
+    records_of,
+    signed,
+)
 from shoestring.data.shards import write_lines
-from shoestring.data.store import MANIFEST
+from shoestring.data.text_column import combined
 from shoestring.errors import SourceError
 from shoestring.interfaces import Log
 from shoestring.runtime import keyed_seed
-from shoestring.storage import remove_leftovers, write_json
-
-SKIPPED = "skipped.jsonl"
+from shoestring.storage import remove_leftovers, sha256, write_json
 
 
 def seal(out: Path, begun: dict[str, Any], markers: list[dict[str, Any]], max_bad: float, log: Log) -> None:
@@ -29,27 +43,90 @@ def seal(out: Path, begun: dict[str, Any], markers: list[dict[str, Any]], max_ba
     remove_leftovers(out)
     source_rows = sum(marker["source_rows"] for marker in markers)
     check_bad(reasons, source_rows, max_bad)
-    cut = Counter[str]()
-    for marker in markers:
-        cut.update(marker["cut"])
+    cut = sum_of(markers, "cut")
+    entries = [entry for marker in markers for entry in marker["files"]]
+    check_origins(out, begun, entries)
     manifest = begun | {
+        "format": FORMAT,
         "source_rows": source_rows,
         "rows": sum(marker["rows"] for marker in markers),
         "chunks": [marker["rows"] for marker in markers],
         "splits": _splits(markers, begun["held_out"]),
         "skipped": dict(sorted(reasons.items())),
-        "cut": dict(cut),
+        "cut": cut,
         "mirrored": sum(marker["mirrored"] for marker in markers),
-        "files": [entry for marker in markers for entry in marker["files"]],
+        **measured(markers),
+        "work": work_of(out),
+        "files": entries,
+        "records": records_of(out, len(markers)),
     }
-    write_json(out / MANIFEST, manifest)
+    write_manifest(out, manifest)
     if reasons:
         log(f"left out {counted(reasons)} (listed in {out / SKIPPED})")
-    if cut["captions"]:
+    tell_cut(cut, begun["text_encoder"]["max_tokens"], log)
+
+
+def sum_of(markers: Sequence[Mapping[str, Any]], name: str) -> dict[str, int]:
+    """The sum of what markers count under a name."""
+    total = Counter[str]()
+    for marker in markers:
+        total.update(marker[name])
+    return dict(total)
+
+
+def tell_cut(cut: Mapping[str, int], max_tokens: int, log: Log) -> None:
+    """Warn of captions that were cut."""
+    if cut.get("captions"):
         log(
-            f"warning: {cut['captions']} captions are longer than the text encoder's "
-            f"{begun['text_encoder']['max_tokens']} tokens; {cut['tokens']} tokens were cut"
+            f"warning: {cut['captions']} captions are longer than the text encoder's {max_tokens} tokens; "
+            f"{cut['tokens']} tokens were cut"
         )
+
+
+def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest with every finished addition; anew where one was finished meanwhile."""
+    written = None
+    while (whole := _with_additions(out, manifest)) != written:
+        write_json(out / MANIFEST, signed(whole))
+        written = whole
+
+
+def merged(manifest: dict[str, Any], addition: str, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with an addition's sizes and captions."""
+    sizes = {**manifest["sizes"], **begun.get("sizes", {})}
+    calibrated = {name: begun[name] for name in CALIBRATED if name in begun}
+    texts = {name: {**said, **calibrated} for name, said in begun.get("texts", {}).items()}
+    added = {**manifest.get("added", {}), addition: {"words": begun["words"], "columns": begun["columns"]}}
+    return manifest | {
+        "sizes": dict(sorted(sizes.items(), key=lambda item: int(item[0]))),
+        "texts": dict(sorted({**manifest.get("texts", {}), **texts}.items())),
+        "added": dict(sorted(added.items())),
+    }
+
+
+def measured(markers: list[dict[str, Any]]) -> dict[str, Any]:
+    """`text_measured`: captions and tokens stored, and how far these are from what was encoded."""
+    parts = [marker["text"] for marker in markers if "text" in marker]
+    if not parts:
+        return {}
+    counts = {name: sum(part[name] for part in parts) for name in ("captions", "tokens")}
+    return {"text_measured": {**counts, "error": combined(part["error"] for part in parts)}}
+
+
+def _with_additions(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    files = {entry["path"]: entry for entry in manifest["files"]}
+    records = dict(manifest.get("records", {}))
+    for path in sorted((out / addition_name("")).parent.glob("*.json")):
+        name, begun = path.stem, read_begun(out, path.stem)
+        markers = Markers(out, name).all(len(manifest["chunks"]))
+        if markers is None:
+            continue
+        manifest = merged(manifest, name, begun)
+        manifest["added"][name] |= {**measured(markers), "work": work_of(out, name)}
+        files |= {entry["path"]: entry for marker in markers for entry in marker["files"]}
+        names = [addition_name(name), *(marker_name(chunk, name) for chunk in range(len(markers)))]
+        records |= {each: sha256(out / each) for each in names}
+    return manifest | {"format": FORMAT, "files": list(files.values()), "records": records}
 
 
 def check_bad(reasons: Mapping[str, int], rows: int, max_bad: float) -> None:

@@ -1,4 +1,4 @@
-"""Captioned images as numbered rows: an image folder, WebDataset tars, Parquet, a hub data set, or scenes.
+"""Captioned images as numbered rows: image folder, WebDataset tars, Parquet, saved or hub data set, scenes.
 
     open_source(spec) -> Source;  source.rows(start, stop) -> Row, Row, ...
 
@@ -35,8 +35,10 @@ __all__ = ["FolderSource", "Row", "SceneRows", "Source", "open_source"]
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SUPPORTED = (
     "an image folder (images with NAME.txt beside them, or metadata.jsonl, .csv or .parquet), "
-    "WebDataset tars, Parquet files, a hub data set (owner/name), or scenes"
+    "WebDataset tars, Parquet files, a folder that save_to_disk of datasets left, a hub data set "
+    "(owner/name), or scenes"
 )
+_ALL = ""  # a split: whatever files are called
 _SPLITS = {"train": "train", "test": "test", "eval": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
@@ -46,24 +48,23 @@ def open_source(
     *,
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
-    split: str = "train",
+    split: str | None = None,
     scenes: Mapping[str, Any] | None = None,
 ) -> Source:
-    """The source that `spec` names; raises `SourceError` where there is none.
+    """The source that `spec` names; raises `SourceError` where there is none, or an option has no effect.
 
-    Where every file or top folder is named after a split, only those of `split` are read. `scenes` are the
-    options of `ScenesSource`, for the spec `scenes`.
+    Where every file or top folder is named after a split, only those of `split` (train) are read. `scenes`
+    are the options of `ScenesSource`, for the spec `scenes`.
     """
+    options = {
+        "--image-column": [image_column] if image_column else [],
+        "--caption-column": caption_columns,
+        "--split": [split] if split else [],
+    }
+    if spec == "scenes" and (given := [name for name, values in options.items() if values]):
+        raise SourceError(f"{given[0]} has no effect on scenes, which are drawn. Leave it out.")
     source = _open(spec, image_column, caption_columns, split, scenes)
-    if spec != "scenes":
-        options = {
-            "--image-column": [image_column] if image_column else [],
-            "--caption-column": caption_columns,
-        }
-        options["--split"] = [split] if split != "train" else []
-        source.words += [
-            word for name, values in options.items() for value in values for word in (name, value)
-        ]
+    source.words += [word for name, values in options.items() for value in values for word in (name, value)]
     return source
 
 
@@ -71,7 +72,7 @@ def _open(
     spec: str,
     image_column: str | None,
     caption_columns: Sequence[str],
-    split: str,
+    split: str | None,
     scenes: Mapping[str, Any] | None,
 ) -> Source:
     if spec == "scenes":
@@ -84,13 +85,19 @@ def _open(
         root = Path(os.path.commonpath([each.parent for each in files])) if files else path
         return _from_files(root, files, spec, image_column, caption_columns, split)
     if path.is_file():
-        return _from_files(path.parent, [path], spec, image_column, caption_columns, None)
+        if split is not None:
+            raise SourceError(f"{spec}: is one file, so --split {split} has no effect. Leave it out.")
+        return _from_files(path.parent, [path], spec, image_column, caption_columns, _ALL)
     if path.is_dir():
+        from shoestring.data.tables import is_saved, open_saved
+
+        if is_saved(path):
+            return open_saved(path, spec, image_column, caption_columns, split or "train")
         return _from_files(path, _walk(path), spec, image_column, caption_columns, split)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", spec):
         from shoestring.data.tables import open_hub
 
-        return open_hub(spec, image_column, caption_columns, split)
+        return open_hub(spec, image_column, caption_columns, split or "train")
     raise SourceError(f"{spec}: no such file or folder. A source is {SUPPORTED}.")
 
 
@@ -143,6 +150,12 @@ class FolderSource:
         self.root, self.spec, self.words = root, spec, [spec]
         self._columns = [*([image_column] if image_column else []), *caption_columns]
         self._captions = _read_metadata(root, files, image_column, caption_columns)
+        if self._columns and not self._captions:
+            option = "--image-column" if image_column else "--caption-column"
+            raise SourceError(
+                f"{spec}: has no metadata.jsonl, .csv or .parquet, so {option} {self._columns[0]} has no "
+                "effect. Leave it out."
+            )
         texts = {each for each in files if each.suffix.lower() == ".txt"}
         if not self._captions and not any(each.with_suffix(".txt") in texts for each in images):
             raise SourceError(
@@ -287,7 +300,10 @@ def _walk(root: Path) -> list[Path]:
 def _of_split(
     root: Path, files: list[Path], split: str | None, spec: str, by_file: bool = True
 ) -> list[Path]:
-    """The files of a split where every file (or its top folder) is named after one, else all files."""
+    """The files of a split where every file (or its top folder) is named after one, else all files.
+
+    Without `split` that is train; one that was asked for must have an effect.
+    """
 
     def split_of(path: Path) -> str | None:
         parts = path.relative_to(root).parts
@@ -296,9 +312,17 @@ def _of_split(
             names.append(re.split(r"[^A-Za-z]", path.stem, maxsplit=1)[0])
         return next((_SPLITS[name.lower()] for name in names if name.lower() in _SPLITS), None)
 
-    splits = [split_of(each) for each in files]
-    if split is None or None in splits:
+    if split == _ALL:
         return files
+    splits = [split_of(each) for each in files]
+    if None in splits:
+        if split is not None:
+            raise SourceError(
+                f"{spec}: its files are not all named after splits, so --split {split} has no effect. "
+                "Leave it out."
+            )
+        return files
+    split = split or "train"
     chosen = [path for path, name in zip(files, splits, strict=True) if name == _SPLITS.get(split, split)]
     if not chosen:
         there = ", ".join(sorted({each for each in splits if each}))

@@ -2,22 +2,21 @@
 
     manifest.json                           what is in it, how it was made, every file with its hashes
     columns/latents-32/00000.safetensors    mean (rows, C, h, w), log_variance and mean_flipped when asked for
-    columns/text/00000.safetensors          tokens (T, C) and offsets (U + 1): U captions, each stored once
+    columns/text/00000.safetensors          tokens (T, C) and offsets (U + 1): U captions, each stored once;
+                                            scales (T,) where tokens are int8
     columns/rows/00000.safetensors          caption_ids with caption_offsets (rows + 1); size_crop (rows, 6)
     columns/json/00000.jsonl                {"key", "captions", "scene"?}, one line a row
     chunks/00000.json                       the marker of a finished chunk
 
-Shard k of every column holds the same rows. Shards are mapped, not read; the CRC of each is checked when it
+Columns added later lie beside these, their markers in chunks/<addition>/ (docs/data.md, "Adding"). Shard k of
+every column holds the same rows. Shards are mapped, not read; the CRC of each is checked when it
 is first opened.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,77 +26,63 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoestring.data.order import permute
-from shoestring.data.shards import Array, read_lines, read_shard
+from shoestring.data.folder import Files, Folder, Progress, is_url
+from shoestring.data.integrity import Entry, Verification
+from shoestring.data.manifest import MANIFEST, check_origins, shard_name
+from shoestring.data.resident import Resident
+from shoestring.data.shards import Array
+from shoestring.data.splits import Rows, Split
+from shoestring.data.texts import MAIN, Texts, lines_of, text_sets
+from shoestring.data.transforms import crop_corner
 from shoestring.errors import CorruptStoreError, StoreError
 from shoestring.models.autoencoders import LatentScaling, sample_latents
-from shoestring.storage import crc32, read_json, sha256
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-BEGUN = "begun.json"
-OPEN_SHARDS = 256  # mapped at once; each holds a file descriptor
-
-Rows = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Split:
-    """A named part of the rows: positions start .. stop-1 of all `total` rows, after a permutation or not."""
-
-    start: int
-    stop: int
-    shuffled: bool
-    key: int
-    total: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def rows(self, positions: Rows) -> Rows:
-        """Positions in the split (0 .. len-1) -> row numbers of the store."""
-        places = np.asarray(positions, dtype=np.int64)
-        if places.size and (places.min() < 0 or places.max() >= len(self)):
-            raise IndexError(f"positions of a split of {len(self)} rows go from 0 to {len(self) - 1}")
-        places = places + self.start
-        return permute(self.key, 0, self.total, places) if self.shuffled else places
 
 
 class Store:
     """An open store. Row arguments are int64 arrays of row numbers, in any order and with repeats."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, files: Files, manifest: dict[str, Any]) -> None:
+        self.files, self.manifest = files, manifest
         self.sizes = tuple(int(size) for size in manifest["sizes"])
         self.splits = {name: Split(**fields) for name, fields in manifest["splits"].items()}
         scaling = manifest["autoencoder"]["scaling"]
         self.scaling = LatentScaling(tuple(scaling["shift"]), tuple(scaling["factor"]))
         self._starts = np.cumsum([0, *manifest["chunks"]])
-        self._entries = {entry["path"]: entry for entry in manifest["files"]}
-        self._opened: dict[str, dict[str, Array]] = {}
-        self._checked: set[str] = set()
-        self._opening = threading.RLock()  # a loader's thread and another may read at once
+        self._entries: dict[str, Entry] = {entry["path"]: entry for entry in manifest["files"]}
+        self._shards = Resident(files, self._entries)
+        self.text_sets = text_sets(manifest)
+        self._texts = self._reading(MAIN)
 
     @classmethod
-    def open(cls, path: str | Path) -> Store:
-        """The finished store at `path`; raises `StoreError` where there is none."""
-        path = Path(path)
+    def open(cls, path: str | Path, *, cache: str | Path | None = None) -> Store:
+        """The finished store in a folder or at a URL that fsspec knows (`s3://bucket/store`, `hf://...`).
+
+        Shards at a URL are downloaded when first needed into a folder below `cache`, by default
+        `$SHOESTRING_CACHE` or `~/.cache/shoestring/stores`. Raises `StoreError` where there is no store,
+        `CorruptStoreError` where its manifest is damaged or parts of it come from elsewhere.
+        """
+        if is_url(str(path)):
+            from shoestring.data.remote import Remote  # fsspec and its kin are for those who need them
+
+            files: Folder | Remote = Remote.open(str(path), cache)
+        else:
+            files = Folder.open(Path(path))
+        check_origins(files.place, files.manifest, files.manifest["files"])
         try:
-            manifest = read_json(path / MANIFEST)
-            version = int(manifest["format"])
-        except FileNotFoundError:
-            raise StoreError(_why_not(path)) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{path / MANIFEST}: cannot be read ({error}). Delete it and run the same "
-                "`shoestring encode` again: it checks what is there and writes the manifest anew."
-            ) from error
-        if version > FORMAT:
-            raise StoreError(
-                f"{path}: store format {version}, made by Shoestring {manifest.get('shoestring')}; "
-                f"this version reads up to {FORMAT}. Upgrade with `pip install --upgrade shoestring`."
-            )
-        return cls(path, manifest)
+            return cls(files, files.manifest)
+        except (KeyError, ValueError, TypeError) as error:  # format 1 has no checksum of its own
+            cure = files.mend_manifest()
+            raise CorruptStoreError(f"{files.place}/{MANIFEST}: is damaged ({error!r}). {cure}") from error
+
+    @property
+    def place(self) -> str:
+        """The folder or URL that the store was opened at."""
+        return self.files.place
+
+    @property
+    def path(self) -> Path:
+        """Where its files lie on this machine; for a store at a URL those downloaded so far."""
+        return self.files.path
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -156,35 +141,50 @@ class Store:
             raw = sample_latents(raw, spread, noise)
         return raw if self.scaling.is_identity else self.scaling.apply(raw)
 
+    def drawing(self, captions: Sequence[str]) -> Store:
+        """The same store with its captions drawn from the sets of these names (of `text_sets`) alone.
+
+        A store as opened draws from `main`, so that a set added later changes no run. Raises `StoreError`
+        for an unknown name, and for sets whose tokens were made in different ways.
+        """
+        unknown = [name for name in captions if name not in self.text_sets]
+        if unknown or not captions:
+            raise StoreError(
+                f"{self.place}: has no captions {next(iter(unknown), '')!r}; there are: "
+                f"{', '.join(self.text_sets)}. `shoestring store add` adds others."
+            )
+        first = self.text_sets[captions[0]]
+        if odd := [name for name in captions if not self.text_sets[name].like(first)]:
+            raise StoreError(
+                f"{self.place}: captions {odd[0]!r} were encoded otherwise than {first.name!r}, "
+                "so the two cannot stand in one batch. Name sets of one text encoder."
+            )
+        other = copy.copy(self)
+        other.manifest = {**self.manifest, "text_encoder": first.encoder, "text_dtype": first.dtype}
+        other._texts = other._reading(*dict.fromkeys(captions))
+        return other
+
     def text(self, rows: Rows, choice: Array | None = None) -> list[Tensor]:
         """Tokens of one caption of each row, B x (L_i, C) float32.
 
         `choice` (B,) in [0, 1) picks among a row's captions; without it the first is taken.
         """
-        return [torch.from_numpy(np.array(each)).float() for each in self._tokens(rows, choice)]
+        return self._texts.tokens(rows, choice)
 
     def padded_text(self, rows: Rows, choice: Array | None = None) -> tuple[Tensor, Tensor]:
         """As `text`, padded with zeros: (B, L, C) float32 and the mask of real tokens (B, L)."""
-        tokens = self._tokens(rows, choice)
-        lengths = np.array([len(each) for each in tokens], dtype=np.int64)
-        text = np.zeros((len(tokens), int(lengths.max(initial=0)), self.text_width), dtype=np.float16)
-        for place, each in enumerate(tokens):
-            text[place, : len(each)] = each
-        mask = np.arange(text.shape[1]) < lengths[:, None]
-        return torch.from_numpy(text).float(), torch.from_numpy(mask)
+        return self._texts.padded(rows, choice)
 
     def pooled(self, rows: Rows, choice: Array | None = None) -> Tensor | None:
         """The caption's single vector (B, C_pooled) float32, where the text encoder gives one."""
-        if not self.manifest["text_encoder"].get("pooled"):
-            return None
-        found = self._picked(rows, choice, lambda text, ids: list(text["pooled"][ids]))
-        return torch.from_numpy(np.stack(found)).float()
+        return self._texts.pooled(rows, choice)
 
     def size_crop(self, rows: Rows, size: int) -> Tensor:
         """(B, 6) int64: original height and width, crop top and left, target height and width at `size`."""
-        ids = self._gather("rows", "size_crop", rows).astype(np.int64)
-        ids[:, 2:] = np.rint(ids[:, 2:] * (size / max(self.sizes)))
-        return torch.from_numpy(ids)
+        self.check(size=size)
+        heights, widths = self._gather("rows", "size_crop", rows)[:, :2].T.tolist()
+        ids = [(h, w, *crop_corner(h, w, size), size, size) for h, w in zip(heights, widths, strict=True)]
+        return torch.tensor(ids, dtype=torch.int64)
 
     def record(self, row: int) -> dict[str, Any]:
         """What the store knows of a row: its key in the source, captions, and scene where there is one."""
@@ -194,22 +194,19 @@ class Store:
         """`record` of several rows."""
         found: list[dict[str, Any]] = [{}] * len(rows)
         for chunk, where, local in self._by_chunk(rows):
-            lines = self._shard("json", chunk)
-            data, offsets = lines["bytes"], lines["offsets"]
-            starts, stops = offsets[local].tolist(), offsets[local + 1].tolist()
-            for place, start, stop in zip(where.tolist(), starts, stops, strict=True):
-                found[place] = json.loads(data[start:stop].tobytes())
+            for place, record in zip(
+                where.tolist(), lines_of(self._shard("json", chunk), local), strict=True
+            ):
+                found[place] = record
         return found
 
     def captions(self, row: int) -> list[str]:
-        """All captions of a row."""
-        return list(self.record(row)["captions"])
+        """All captions of a row that `text` may be of."""
+        return self._texts.every(row)
 
     def chosen_captions(self, rows: Rows, choice: Array | None = None) -> tuple[str, ...]:
         """The caption of each row that `text` gives the tokens of."""
-        draws = np.zeros(len(rows)) if choice is None else np.asarray(choice)
-        every = [record["captions"] for record in self.records(rows)]
-        return tuple(each[int(draw * len(each))] for each, draw in zip(every, draws, strict=True))
+        return self._texts.words(rows, choice)
 
     def check(
         self,
@@ -230,13 +227,13 @@ class Store:
         for name, (wanted, here) in asked.items():
             if wanted is not None and not _same(str(wanted), str(here)):
                 raise StoreError(
-                    f"{self.path}: made with the {name} {here}, the recipe asks for {wanted}. "
+                    f"{self.place}: made with the {name} {here}, the recipe asks for {wanted}. "
                     f"Change the recipe, or make another store with --{name.replace(' ', '-')} {wanted}."
                 )
         if size is not None and size not in self.sizes:
             sizes = ", ".join(map(str, self.sizes))
             raise StoreError(
-                f"{self.path}: holds images of {sizes} pixels, not {size}. "
+                f"{self.place}: holds images of {sizes} pixels, not {size}. "
                 f"Use one of these sizes, or make another store with --size {size}."
             )
 
@@ -248,47 +245,46 @@ class Store:
             total[column] = total.get(column, 0) + int(entry["bytes"])
         return total
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Compare every file with its SHA-256 and return how many there are; raises `CorruptStoreError`."""
-        wrong = []
-        for number, (name, entry) in enumerate(self._entries.items(), start=1):
-            path = self.path / name
-            if not path.is_file() or sha256(path) != entry["sha256"]:
-                wrong.append(name)
-            if progress is not None:
-                progress(number, len(self._entries))
-        if wrong:
-            raise CorruptStoreError(self._cure(wrong))
-        return len(self._entries)
+    def verify(
+        self, progress: Progress | None = None, tell: Callable[[str], None] | None = None
+    ) -> Verification:
+        """Compare every byte with what the manifest says; raises `CorruptStoreError` with the cure.
+
+        `progress` is called with (files done, files in all), `tell` with a line for each damaged file.
+        """
+        found = self.files.verify(progress)
+        if tell is not None:
+            for name, problem in found.damaged.items():
+                tell(f"{self.place}/{name} {problem}")
+        if found.damaged:
+            raise CorruptStoreError(self.files.cure(found.damaged))
+        return found
+
+    # --- which shards are at hand ------------------------------------------------------------------------
+
+    def columns(self, size: int, *, captions: bool = False, size_crop: bool = False) -> list[str]:
+        """The columns that batches of one size are made of."""
+        parts = [f"latents-{size}", *(["rows"] if size_crop else [])]
+        for each in self._texts.sets:
+            parts += [each.table, each.tokens, *([each.words] if captions else [])]
+        return list(dict.fromkeys(parts))
+
+    def rows_by_chunk(self, split: Split) -> Rows:
+        """How many rows of a split each chunk holds (chunks)."""
+        return np.diff(split.below(self._starts))
+
+    def hold(self, columns: Sequence[str], chunks: Iterable[int]) -> None:
+        """Have shards fetched, checked and opened in the background, and kept until `release`."""
+        self._shards.hold(shard_name(column, chunk) for chunk in chunks for column in columns)
+
+    def release(self, columns: Sequence[str], chunks: Iterable[int], *, drop: bool) -> None:
+        """Undo one `hold`; with `drop`, shards that nobody holds any more are closed, their copies removed."""
+        self._shards.release((shard_name(column, chunk) for chunk in chunks for column in columns), drop=drop)
 
     # --- rows to arrays ----------------------------------------------------------------------------------
 
-    def _tokens(self, rows: Rows, choice: Array | None) -> list[Array]:
-        """Views of the tokens of one caption a row, B x (L_i, C) float16, still on disk."""
-
-        def pick(text: Mapping[str, Array], ids: Array) -> list[Array]:
-            spans = zip(text["offsets"][ids].tolist(), text["offsets"][ids + 1].tolist(), strict=True)
-            return [text["tokens"][start:stop] for start, stop in spans]
-
-        return self._picked(rows, choice, pick)
-
-    def _picked(
-        self,
-        rows: Rows,
-        choice: Array | None,
-        pick: Callable[[Mapping[str, Array], Array], list[Array]],
-    ) -> list[Array]:
-        """`pick(text shard, caption ids)` for the chosen captions of rows, in the order of `rows`."""
-        draws = np.zeros(len(rows)) if choice is None else np.asarray(choice, dtype=np.float64)
-        found: list[Array] = [np.empty(0)] * len(rows)
-        for chunk, where, local in self._by_chunk(rows):
-            table = self._shard("rows", chunk)
-            first = table["caption_offsets"][local]
-            count = table["caption_offsets"][local + 1] - first
-            ids = table["caption_ids"][first + (draws[where] * count).astype(np.int64)]
-            for place, each in zip(where, pick(self._shard("text", chunk), ids), strict=True):
-                found[place] = each
-        return found
+    def _reading(self, *captions: str) -> Texts:
+        return Texts([self.text_sets[name] for name in captions], self._shard, self._by_chunk)
 
     def _gather(self, column: str, name: str, rows: Rows, flipped: NDArray[np.bool_] | None = None) -> Array:
         """Rows of one array, copied: (B, ...)."""
@@ -320,61 +316,7 @@ class Store:
 
     def _shard(self, column: str, chunk: int) -> dict[str, Array]:
         """Arrays of a shard, opened and checked when first asked for."""
-        name = shard_name(column, chunk)
-        with self._opening:
-            return self._opened.get(name) or self._open_shard(column, name)
-
-    def _open_shard(self, column: str, name: str) -> dict[str, Array]:
-        path, entry = self.path / name, self._entries[name]
-        try:
-            if name not in self._checked and crc32(path) != entry["crc32"]:
-                raise ValueError("its checksum differs from the manifest's")
-            arrays = (read_lines if column == "json" else read_shard)(path)
-        except (OSError, ValueError) as error:
-            raise CorruptStoreError(self._cure([name])) from error
-        self._checked.add(name)
-        while len(self._opened) >= OPEN_SHARDS:
-            self._opened.pop(next(iter(self._opened)), None)
-        self._opened[name] = arrays
-        return arrays
-
-    def _cure(self, names: Sequence[str]) -> str:
-        """Names the damaged files and what encodes their chunks again."""
-        chunks = sorted({int(Path(name).name.split(".")[0]) for name in names})
-        markers = " ".join(shlex.quote(str(self.path / marker_name(chunk))) for chunk in chunks)
-        listed = ", ".join(str(self.path / name) for name in names[:5])
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        what = "is missing or does not match its checksum" if len(names) == 1 else "are missing or damaged"
-        command = f"{self.manifest['command']} --out {shlex.quote(str(self.path))}"
-        again = "this chunk" if len(chunks) == 1 else "these chunks"
-        return f"{listed}{more} {what}. Encode {again} again with: rm {markers} && {command}"
-
-
-def shard_name(column: str, chunk: int) -> str:
-    """A shard's file, relative to the store."""
-    return f"columns/{column}/{chunk:05d}.{'jsonl' if column == 'json' else 'safetensors'}"
-
-
-def marker_name(chunk: int) -> str:
-    """The file that says a chunk is finished, relative to the store."""
-    return f"chunks/{chunk:05d}.json"
-
-
-def _why_not(path: Path) -> str:
-    """Why a folder without a manifest is no store."""
-    if not path.exists():
-        return f"{path}: no such store. Make one with `shoestring encode SOURCE --out {path}`."
-    if (path / BEGUN).is_file():
-        done = len(list((path / "chunks").glob("*.json")))
-        command = read_json(path / BEGUN).get("command", "shoestring encode SOURCE")
-        return (
-            f"{path}: this store is unfinished ({done} chunks done). "
-            f"Go on with: {command} --out {shlex.quote(str(path))}"
-        )
-    return (
-        f"{path}: not a store (no {MANIFEST} in it). "
-        "Give the folder that `shoestring encode SOURCE --out STORE` made."
-    )
+        return self._shards.get(shard_name(column, chunk))
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

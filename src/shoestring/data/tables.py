@@ -1,4 +1,4 @@
-"""Sources that are tables: Parquet files, and data sets streamed from the hub."""
+"""Sources that are tables: Parquet files, and data sets of `datasets`, saved in a folder or streamed."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ class HubSource(SequentialSource):
 
         super().__init__(spec)
         self.split = split
+        self._root: Path | None = None  # of images that are paths
         features = dataset.features
         if features is None:
             first: dict[str, Any] = next(iter(dataset), {})
@@ -119,7 +120,55 @@ class HubSource(SequentialSource):
         return iter(self._dataset.skip(base) if base else self._dataset)
 
     def _load(self, number: int, record: Any) -> Row:
-        return _row_of(f"{number:09d}", record, self.image_column, self.caption_columns, None)
+        return _row_of(f"{number:09d}", record, self.image_column, self.caption_columns, self._root)
+
+
+class SavedSource(HubSource):
+    """A data set in a folder, as `save_to_disk` of `datasets` leaves it: its length is known."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        root: Path,
+        spec: str,
+        image_column: str | None,
+        caption_columns: Sequence[str],
+        split: str,
+    ) -> None:
+        super().__init__(dataset, spec, image_column, caption_columns, split)
+        self._root, self._end = root, len(dataset)
+        self._files = files_fingerprint(root, root.glob("*.arrow"))
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "kind": "saved", "rows": self.num_rows, "files": self._files}
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved a data set, or several splits of one, in this folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def open_saved(
+    folder: Path, spec: str, image_column: str | None, caption_columns: Sequence[str], split: str
+) -> SavedSource:
+    """What `save_to_disk` left in a folder: one data set, or a split of several."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a damaged file raises what pyarrow, json or the library's own reading does
+        reason = str(error).strip().split("\n")[0]
+        raise SourceError(
+            f"{spec}: a data set saved by `datasets` that cannot be read ({type(error).__name__}: {reason}). "
+            "Save it again."
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise SourceError(f"{spec}: no split {split!r}; there are: {', '.join(found)}. Use --split.")
+        found, folder = found[split], folder / split
+    elif split != "train":
+        raise SourceError(f"{spec}: has no splits. Leave out --split.")
+    return SavedSource(found, folder, spec, image_column, caption_columns, split)
 
 
 def open_hub(spec: str, image_column: str | None, caption_columns: Sequence[str], split: str) -> HubSource:

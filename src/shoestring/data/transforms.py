@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 _SIDES = re.compile(
@@ -55,24 +56,55 @@ def prepare(image: bytes | Pixels, sizes: Iterable[int], upscale: bool = False) 
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)
     pictures = {size: np.asarray(_resized(picture, size, box)) for size in sizes}
-    crop_top, crop_left = round(top * largest / side), round(left * largest / side)
-    return Prepared(pictures, (height, width, crop_top, crop_left, largest, largest))
+    return Prepared(pictures, (height, width, *crop_corner(height, width, largest), largest, largest))
+
+
+def crop_corner(height: int, width: int, size: int) -> tuple[int, int]:
+    """Top and left of the centre square in an image resized so that its shorter side is `size`."""
+    side = min(height, width)
+    return round((height - side) // 2 * size / side), round((width - side) // 2 * size / side)
+
+
+def original_size(image: bytes | Pixels) -> tuple[int, int]:
+    """Height and width of an image as it stands upright, from its header; raises `BadImage`."""
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(image))
+            width, height = picture.size
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception as error:  # as in `decode`
+        raise BadImage("unreadable image") from error
+    return (width, height) if turned else (height, width)
 
 
 def decode(data: bytes) -> Image.Image:
     """An encoded image as RGB, upright, on white where it is transparent; raises `BadImage`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; only failures count
-            picture = Image.open(io.BytesIO(data))
-            picture.load()
-            return _rgb(ImageOps.exif_transpose(picture))
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        return _rgb(ImageOps.exif_transpose(picture))
+    except BadImage:
+        raise
     except UnidentifiedImageError:
         raise BadImage("unreadable image") from None
     except Image.DecompressionBombError:
         raise BadImage("image too large") from None
     except Exception as error:  # damaged files raise nearly anything from Pillow's many readers
         raise BadImage("truncated image" if "truncated" in str(error) else "unreadable image") from error
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Pillow warns of odd metadata; only failures count.
+
+    To be entered by one thread around all that decode: Python's warning filters are shared by all of them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def mirrored(pixels: Pixels) -> Pixels:
@@ -92,12 +124,15 @@ def _resized(picture: Image.Image, size: int, box: tuple[int, int, int, int]) ->
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode.startswith("I;16"):  # 16 bits a grey value, which `convert` would cut off at 255
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
+    if picture.mode.startswith("I"):  # 16 bits a grey value, which `convert` would cut off at 255
+        grey = np.asarray(picture)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise BadImage("more than 16 bits a value")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:  # a file without alpha may name a colour that stands for it
         layer = picture.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
+    if picture.mode == "F":
+        raise BadImage("more than 16 bits a value")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
 
 from shoestring.errors import RecipeError
+from shoestring.models.quiet import muted, no_bars
 
 PIXELS = "pixels"
+PIXELS_AT_ONCE = 2**20  # an AutoencoderKL takes 2.5 KB for each to encode and 4 KB to decode, in float32
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers clamps it
 
 
@@ -98,14 +101,15 @@ def load_autoencoder(path_or_id: str, revision: str | None = None) -> nn.Module:
             f"autoencoder {path_or_id}: its config.json names the class {name}. Known: {', '.join(CLASSES)}."
         )
     try:
-        model = CLASSES[name].from_pretrained(
-            path_or_id,
-            subfolder=subfolder,
-            revision=revision,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            torch_dtype=torch.float32,
-        )
+        with no_bars(), muted("diffusers.configuration_utils", about=name):
+            model = CLASSES[name].from_pretrained(
+                path_or_id,
+                subfolder=subfolder,
+                revision=revision,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"autoencoder {path_or_id}: cannot be loaded ({first_line(error)}). "
@@ -119,14 +123,18 @@ def load_autoencoder(path_or_id: str, revision: str | None = None) -> nn.Module:
 def encode_images(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Images (B, 3, H, W) in [-1, 1] -> raw latents (B, C, h, w): mean and log-variance (None without one).
 
-    Computed in the autoencoder's own type, returned in float32.
+    Computed in the autoencoder's own type, a few images at a time, returned in float32.
     """
-    result = autoencoder.encode(images.to(_dtype(autoencoder)))  # type: ignore[operator]
-    if hasattr(result, "latent_dist"):
-        distribution = result.latent_dist
-        return distribution.mean.float(), distribution.logvar.float().clamp(*LOG_VARIANCE_RANGE)
-    latents = result.latents if hasattr(result, "latents") else result.latent
-    return latents.float(), None
+    means, spreads = [], []
+    with _safe_type(autoencoder) as dtype:
+        for part in _parts(autoencoder, images, 1):
+            result = autoencoder.encode(part.to(dtype))  # type: ignore[operator]
+            if hasattr(result, "latent_dist"):
+                means.append(result.latent_dist.mean.float())
+                spreads.append(result.latent_dist.logvar.float().clamp(*LOG_VARIANCE_RANGE))
+            else:
+                means.append((result.latents if hasattr(result, "latents") else result.latent).float())
+    return torch.cat(means), torch.cat(spreads) if spreads else None
 
 
 def sample_latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
@@ -140,10 +148,12 @@ def scale_latents(scaling: nn.Module | LatentScaling, raw: Tensor) -> Tensor:
 
 
 def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) -> images (B, 3, H, W) float32 in [-1, 1]."""
-    raw = as_scaling(autoencoder).undo(latents.float()).to(_dtype(autoencoder))
-    image: Tensor = autoencoder.decode(raw).sample  # type: ignore[operator]
-    return image.float().clamp(-1, 1)
+    """Scaled latents (B, C, h, w) -> images (B, 3, H, W) float32 in [-1, 1], a few at a time."""
+    raw = as_scaling(autoencoder).undo(latents.float())
+    with _safe_type(autoencoder) as dtype:
+        parts = _parts(autoencoder, raw, spatial_factor(autoencoder))
+        images = [autoencoder.decode(part.to(dtype)).sample.float() for part in parts]  # type: ignore[operator]
+    return torch.cat(images).clamp(-1, 1)
 
 
 def as_scaling(scaling: nn.Module | LatentScaling) -> LatentScaling:
@@ -196,7 +206,8 @@ def _find_config(path_or_id: str, revision: str | None) -> tuple[str | None, str
     problem: Exception | None = None
     for subfolder in (None, "vae"):
         try:
-            config = _AnyConfig.load_config(path_or_id, subfolder=subfolder, revision=revision)
+            with no_bars():
+                config = _AnyConfig.load_config(path_or_id, subfolder=subfolder, revision=revision)
         except (OSError, ValueError) as error:
             problem = problem or error
             continue
@@ -217,6 +228,29 @@ def _find_config(path_or_id: str, revision: str | None) -> tuple[str | None, str
 
 def _looks_local(path_or_id: str) -> bool:
     return path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1
+
+
+def _parts(autoencoder: nn.Module, batch: Tensor, factor: int) -> Sequence[Tensor]:
+    """A batch in parts of at most `PIXELS_AT_ONCE` pixels, where `factor` of them lie along a cell's side."""
+    if isinstance(autoencoder, PixelAutoencoder) or not len(batch):
+        return [batch]
+    pixels = batch.shape[-2] * batch.shape[-1] * factor**2
+    return batch.split(max(1, PIXELS_AT_ONCE // pixels))
+
+
+@contextmanager
+def _safe_type(autoencoder: nn.Module) -> Iterator[torch.dtype]:
+    """The autoencoder's type; for the while float32 where its configuration says that float16 overflows."""
+    own = _dtype(autoencoder)
+    config: Any = autoencoder.config
+    upcast = own == torch.float16 and bool(config.get("force_upcast"))
+    if upcast:
+        autoencoder.to(torch.float32)
+    try:
+        yield torch.float32 if upcast else own
+    finally:
+        if upcast:
+            autoencoder.to(own)
 
 
 def _dtype(autoencoder: nn.Module) -> torch.dtype:

@@ -49,9 +49,11 @@ from shoestring.models.layers import (
     sincos_positions,
 )
 from shoestring.models.microdit_published import (
+    check_publishable,
     config_from_published,
     state_from_published,
     state_to_published,
+    stored_buffers,
 )
 
 Ratios = float | Sequence[float]
@@ -254,9 +256,13 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
         mixer_experts = expert_positions(mixer_expert_blocks, mixer_depth, last=True)
         self.patch_mixer = blocks(mixer_size, mixer_depth, mixer_qkv_ratio, mixer_mlp_ratio, mixer_experts)
         other_width = mixer_depth > 0 and mixer_size != hidden_size
-        self.mixer_in = Resize(hidden_size, mixer_size) if other_width else nn.Identity()
-        self.mixer_text = Resize(hidden_size, mixer_size) if other_width else nn.Identity()
-        self.mixer_out = Resize(mixer_size, hidden_size) if other_width else nn.Identity()
+
+        def resize(in_size: int, out_size: int) -> nn.Module:
+            return Resize(in_size, out_size, bias=use_bias) if other_width else nn.Identity()
+
+        self.mixer_in = resize(hidden_size, mixer_size)
+        self.mixer_text = resize(hidden_size, mixer_size)
+        self.mixer_out = resize(mixer_size, hidden_size)
 
         backbone_experts = expert_positions(expert_blocks, depth, last=False)
         self.transformer_blocks = blocks(hidden_size, depth, qkv_ratio, mlp_ratio, backbone_experts)
@@ -298,15 +304,29 @@ class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def from_published(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> MicroDiT:
         """The network of a published checkpoint: its state dict and its configuration keys.
 
+        Weights are the given tensors themselves where the layout is the same. Raises `CheckpointError`
+        where a name or a shape does not belong to the configuration.
+        """
+        return cls.around(state_from_published(state_dict), config_from_published(config))
+
+    @classmethod
+    def around(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> MicroDiT:
+        """The network of `config` (arguments) with the tensors of `state` as its weights, not copies of them.
+
         Raises `CheckpointError` where a name or a shape does not belong to the configuration.
         """
-        model = cls(**config_from_published(config))
-        load_strictly(model, state_from_published(state_dict))
+        with torch.device("meta"):
+            model = cls(**config)
+        load_strictly(model, state, assign=True)
         return model
 
     def to_published(self) -> dict[str, Tensor]:
-        """This network's weights under the published names, experts in their 3-D layout."""
-        return state_to_published(self.state_dict())
+        """This network under the published names, experts in their 3-D layout, with the stored positions.
+
+        Raises `CheckpointError` where the configuration has no place in the published layout.
+        """
+        check_publishable(self.config)
+        return {**state_to_published(self.state_dict()), **stored_buffers(self.config)}
 
     def project_text(
         self,
@@ -418,8 +438,11 @@ TransformerBlockRegistry.register(
 )
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load `state` where names and shapes all agree, else say in one line what does not."""
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
+    """Load `state` where names and shapes all agree, else say in one line what does not.
+
+    `assign`: the tensors become the weights, with their number type; else they are copied.
+    """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
@@ -429,7 +452,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"{type(model).__name__}: {len(names)} tensors {problem}, such as {names[0]}. "
                 "The weights do not belong to this configuration."
             )
-    model.load_state_dict(dict(state))
+    model.load_state_dict(dict(state), assign=assign)
 
 
 def _output_weights(block: nn.Module) -> Iterator[Tensor]:

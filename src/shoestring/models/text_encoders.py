@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from shoestring.errors import RecipeError
 from shoestring.models.autoencoders import first_line, weights_fingerprint
+from shoestring.models.quiet import muted, no_bars
 
 HASHING = "hashing"
 PADS = ("none", "encoder")
@@ -190,16 +190,33 @@ class TextEncoder:
             "weights": weights_fingerprint(self.model),
         }
 
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption before any is cut, by the tokenizer alone."""
+        if self.tokenizer is None:
+            return [len(split_words(caption)) for caption in captions]
+        if not captions:
+            return []
+        with muted("transformers.tokenization_utils_base"):  # long captions are counted, and told once
+            return [len(ids) for ids in self.tokenizer(list(captions))["input_ids"]]
+
+    def warnings(self, captions: Sequence[str]) -> list[str]:
+        """A line for each caption that is longer than the encoder takes, for prompts."""
+        cut = [max(0, length - self.max_tokens) for length in self.lengths(captions)]
+        return [
+            f"prompt too long for the text encoder: the last {count} of its tokens are ignored "
+            f"(it takes {self.max_tokens}): {caption}"
+            for caption, count in zip(captions, cut, strict=True)
+            if count
+        ]
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> EncodedText:
         """Captions -> tokens, in the order given. An empty caption has at least one token."""
+        lengths = self.lengths(captions)
+        cut = [max(0, length - self.max_tokens) for length in lengths]
         if self.tokenizer is None:
-            tokens, cut = self.model(captions)
-            shorter = [part[: self.max_tokens].float().cpu() for part in tokens]
-            more = [len(a) - len(b) for a, b in zip(tokens, shorter, strict=True)]
-            return EncodedText(shorter, None, [a + b for a, b in zip(cut, more, strict=True)])
-        with _quiet("tokenization_utils_base"):  # long captions are counted, and told once
-            lengths = [len(ids) for ids in self.tokenizer(list(captions))["input_ids"]] if captions else []
+            whole, _ = self.model(captions)
+            return EncodedText([part[: self.max_tokens].float().cpu() for part in whole], None, cut)
         tokens, pooled = [torch.empty(0)] * len(captions), [torch.empty(0)] * len(captions)
         order = sorted(range(len(captions)), key=lambda i: lengths[i])  # little padding in each batch
         has_pooled = False
@@ -211,24 +228,26 @@ class TextEncoder:
                 tokens[i] = parts[place]
                 if vectors is not None:
                     pooled[i] = vectors[place]
-        cut = [max(0, length - self.max_tokens) for length in lengths]
         return EncodedText(tokens, torch.stack(pooled) if has_pooled else None, cut)
 
     def _encode_batch(self, captions: list[str]) -> tuple[list[Tensor], Tensor | None]:
+        always_padded = _is_siglip(self.model)
         inputs = self.tokenizer(
             captions,
-            padding="max_length" if self.pad == "encoder" else "longest",
+            padding="max_length" if self.pad == "encoder" or always_padded else "longest",
             truncation=True,
             max_length=self.max_tokens,
             padding_side="right",
+            return_attention_mask=True,
             return_tensors="pt",
         )
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
         if ids.shape[1] == 0:  # nothing but empty captions, and a tokenizer without marks of its own
             return [torch.zeros(1, self.width) for _ in captions], None
-        # CLIP is causal: padding cannot reach real tokens, and its users run it without a mask.
-        masked = {} if _is_clip(self.model) and self.pad == "encoder" else {"attention_mask": mask}
-        output = self.model(input_ids=ids, **masked)
+        # CLIP is causal: padding cannot reach real tokens, and its users run it without a mask. SigLIP is
+        # trained on captions padded to one length without a mask, and pools the last position.
+        unmasked = always_padded or (_is_clip(self.model) and self.pad == "encoder")
+        output = self.model(input_ids=ids, **({} if unmasked else {"attention_mask": mask}))
         states = output.last_hidden_state.float().cpu()  # (B, L, C), after the final norm
         pooled = output.get("text_embeds")
         pooled = output.get("pooler_output") if pooled is None else pooled
@@ -292,7 +311,7 @@ def _load_transformers(path_or_id: str, revision: str | None) -> tuple[nn.Module
 
 def _load_model(path_or_id: str, config: Any, subfolder: str, revision: str | None) -> nn.Module:
     try:
-        with _quiet("modeling_utils"):  # the image half is left unread
+        with no_bars(), muted("transformers.modeling_utils"):  # the image half is left unread
             model, info = _model_class(config).from_pretrained(
                 path_or_id,
                 subfolder=subfolder,
@@ -346,15 +365,35 @@ def _load_tokenizer(path_or_id: str, subfolder: str, revision: str | None) -> An
     try:
         if not found:
             raise OSError(f"none of {', '.join(_SUFFICIENT)} is in {folder}")
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder=subfolder, revision=revision)
+        with muted("transformers.tokenization_utils_tokenizers"):  # what it lacks is told below
+            tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder=subfolder, revision=revision)
     except (OSError, ValueError, ImportError, TypeError) as error:
-        raise RecipeError(
-            f"text encoder {path_or_id}: its tokenizer cannot be loaded ({first_line(error)}). "
-            "Copy the tokenizer's files beside the model."
-        ) from error
+        raise RecipeError(f"text encoder {path_or_id}: {_why_no_tokenizer(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _why_no_tokenizer(error: Exception) -> str:
+    """What to do about a tokenizer that does not load.
+
+    T5's is often a sentencepiece file alone. Without the two packages that read one, transformers takes it
+    for a file of tiktoken's and asks for that.
+    """
+    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    missing = [name for name, module in packages.items() if not _importable(module)]
+    if missing and re.search("tiktoken|sentencepiece|protobuf", str(error), re.IGNORECASE):
+        return f"reading its tokenizer needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+    return (
+        f"its tokenizer cannot be loaded ({first_line(error)}). Copy the tokenizer's files beside the model."
+    )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # a parent is not there; blocked
+        return False
 
 
 def _token_limit(model: nn.Module, tokenizer: Any) -> int | None:
@@ -368,6 +407,10 @@ def _token_limit(model: nn.Module, tokenizer: Any) -> int | None:
 
 def _is_clip(model: nn.Module) -> bool:
     return type(model).__name__.startswith("CLIPText")
+
+
+def _is_siglip(model: nn.Module) -> bool:
+    return type(model).__name__.startswith("Siglip")
 
 
 def _class_name(folder: Path) -> str | None:
@@ -390,18 +433,3 @@ def _tokenizer_hash(tokenizer: Any) -> str | None:
         state = json.loads(backend.to_str())
         state.update(padding=None, truncation=None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Errors only from one of transformers' loggers: what it would warn of is expected, or ours to say."""
-    logger = logging.getLogger(f"transformers.{name}")
-
-    def errors_only(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
-
-    logger.addFilter(errors_only)  # a changed level would make transformers log more, not less
-    try:
-        yield
-    finally:
-        logger.removeFilter(errors_only)

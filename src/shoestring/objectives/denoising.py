@@ -49,6 +49,17 @@ def held_out_noise(batch: Batch) -> Tensor:
     return keyed_normal(0, "held_out_noise", batch.index, batch.latents.shape[1:])
 
 
+def of_any_length(text: Tensor | None) -> Tensor | None:
+    """Text (B, L, C) or its mask (B, L), marked so that a compiled network takes any number of tokens L >= 2.
+
+    Batches differ in L where padding is left out. Without the mark `torch.compile` makes one graph for each
+    length, or one that depends on the lengths it happened to see first, which a resumed run would not repeat.
+    """
+    if text is not None:
+        torch._dynamo.maybe_mark_dynamic(text, 1)
+    return text
+
+
 def drop_captions(batch: Batch, share: float, seed: int) -> Batch:
     """Replace `share` of the captions by the null caption: a zero embedding (paper, section 3).
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shoestring.interfaces import Batch, Loss, Objective
-from shoestring.objectives.denoising import draw, held_out_noise, mean_over_patches
+from shoestring.objectives.denoising import draw, held_out_noise, mean_over_patches, of_any_length
 
 
 class Preconditioning(NamedTuple):
@@ -100,8 +100,8 @@ class EDMObjective(Objective):
         output = self.trained["transformer"](
             hidden_states=c_in * x,
             timestep=c_noise.flatten(),
-            encoder_hidden_states=text,
-            encoder_attention_mask=text_mask,
+            encoder_hidden_states=of_any_length(text),
+            encoder_attention_mask=of_any_length(text_mask),
             keep=keep,
             return_dict=False,
         )[0]

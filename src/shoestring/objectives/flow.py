@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from shoestring.interfaces import Batch, Loss, Objective
-from shoestring.objectives.denoising import draw, held_out_noise, mean_over_patches
+from shoestring.objectives.denoising import draw, held_out_noise, mean_over_patches, of_any_length
 
 TIMESTEPS = 1000
 
@@ -86,8 +86,8 @@ class FlowObjective(Objective):
         output: Tensor = self.trained["transformer"](
             hidden_states=z,
             timestep=t * TIMESTEPS,
-            encoder_hidden_states=text,
-            encoder_attention_mask=text_mask,
+            encoder_hidden_states=of_any_length(text),
+            encoder_attention_mask=of_any_length(text_mask),
             keep=keep,
             return_dict=False,
         )[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shoestring.models.quiet import no_bars
 from shoestring.pipelines.microdit import MicroDiTPipeline
 from shoestring.storage import atomic_path
 
@@ -17,5 +18,5 @@ def export(pipeline: MicroDiTPipeline, folder: Path) -> None:
         with atomic_path(folder / "transformer") as aside:
             pipeline.transformer.save_pretrained(aside)
     else:
-        with atomic_path(folder) as aside:
+        with atomic_path(folder) as aside, no_bars():
             pipeline.save_pretrained(aside)

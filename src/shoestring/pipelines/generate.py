@@ -12,7 +12,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shoestring.models.text_encoders import TextEncoder
+from shoestring.models.quiet import muted
+from shoestring.pipelines.microdit import logger
 from shoestring.sampling.grid import grid
 from shoestring.storage import atomic_path
 
@@ -48,6 +49,7 @@ def generate(
     """One picture for each (prompt, seed), in order.
 
     Each is drawn with a generator of its own, so the noise of a picture does not depend on its neighbours.
+    Prompts that are cut are not told here, since previews would tell it each time: see `warn_cut_prompts`.
     """
     steps = pipeline.config.default_steps if steps is None else steps
     guidance = pipeline.config.default_guidance if guidance is None else guidance
@@ -55,12 +57,13 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-        images = pipeline(
-            list(prompts[part]),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-        ).images
+        with muted(logger.name):
+            images = pipeline(
+                list(prompts[part]),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+            ).images
         for image, prompt, seed in zip(images, prompts[part], seeds[part], strict=True):
             yield Picture(image, prompt, seed, steps, guidance, type(pipeline.scheduler).__name__)
 
@@ -83,16 +86,4 @@ def save_grid(images: Sequence[Image.Image], path: Path, columns: int | None = N
 
 def warn_cut_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
     """A line for each prompt that is longer than the text encoder takes."""
-    encoder = TextEncoder(
-        pipeline.text_encoder,
-        pipeline.tokenizer,
-        pad=pipeline.config.text_pad,
-        max_tokens=pipeline.config.max_tokens,
-    )
-    cut = encoder.encode(prompts).cut
-    return [
-        f"warning: prompt too long for the text encoder: the last {count} of its tokens are ignored "
-        f"(it takes {encoder.max_tokens}): {prompt}"
-        for prompt, count in zip(prompts, cut, strict=True)
-        if count
-    ]
+    return [f"warning: {line}" for line in pipeline.cut_prompts(prompts)]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import is_accelerate_available, logging
+from diffusers.utils import is_accelerate_available
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
 from shoestring.errors import CheckpointError
+from shoestring.models.quiet import muted, no_bars
 from shoestring.pipelines.microdit import MicroDiTPipeline
 from shoestring.storage import RunFolder
 
@@ -50,25 +49,14 @@ def load(path_or_id: str | Path, **kwargs: Any) -> DiffusionPipeline:
     kwargs.setdefault("dtype", torch.float32)
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # else diffusers warns at each part
     try:
-        with _no_progress_bar():
+        # diffusers writes into the tiny autoencoder's configuration what it then warns of when reading it.
+        with no_bars(), muted("diffusers.configuration_utils", about="AutoencoderTiny"):
             return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{name}: a part of the pipeline is missing or damaged ({str(error).splitlines()[0]}). "
             "Export or download it again."
         ) from error
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Opening is quick; diffusers' bar would only litter the console."""
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
 
 
 def _download_index(name: str, revision: str | None) -> Path:

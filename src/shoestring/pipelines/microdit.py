@@ -6,7 +6,8 @@ noise --scheduler: 2 x MicroDiT a step, guidance--> latents --autoencoder--> pic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from shoestring.sampling.edm_heun import EDMHeunScheduler
 
 PREDICTIONS = ("edm", "velocity", "x0")
 _SHIM = "from shoestring.pipelines.microdit import MicroDiTPipeline  # noqa: F401\n"
+
+logger = logging.getLogger(__name__)
 
 
 class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
@@ -117,6 +120,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """Text embeddings (B n, L, C) and masks (B n, L), each prompt repeated n times in a row.
 
         Without a negative prompt the null caption of training is used: zeros (one token, or L without mask).
+        A prompt that is longer than the text encoder takes is cut, with a warning in the log.
         """
         device = device or self._execution_device
         if prompt_embeds is None:
@@ -151,14 +155,24 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         )
 
     def _encode(self, prompt: str | list[str]) -> tuple[Tensor, Tensor | None]:
-        encoder = TextEncoder(
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        for line in self.cut_prompts(list(dict.fromkeys(prompts))):
+            logger.warning(line)
+        text, mask = collate(self._captions().encode(prompts).tokens)
+        return text, None if self.config.text_pad == "encoder" else mask
+
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """A line for each prompt that is longer than the text encoder takes."""
+        return self._captions().warnings(prompts)
+
+    def _captions(self) -> TextEncoder:
+        """The text encoder as captions were encoded in training."""
+        return TextEncoder(
             self.text_encoder,
             self.tokenizer,
             pad=self.config.text_pad,
             max_tokens=self.config.max_tokens,
         )
-        text, mask = collate(encoder.encode([prompt] if isinstance(prompt, str) else prompt).tokens)
-        return text, None if self.config.text_pad == "encoder" else mask
 
     def check_inputs(
         self,
@@ -267,7 +281,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         images = latents
         if output_type != "latent":
-            decoded = decode_latents(self.vae, latents.to(self.vae.dtype))
+            decoded = decode_latents(self.vae, latents)
             images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,18 @@ def describe(name: str) -> str:
     return _builtin(name).splitlines()[0].removeprefix("#").strip()
 
 
-def changed_keys(old: Recipe, new: Recipe) -> list[str]:
-    """Each key whose value differs, as "phases.0.lr: 0.001 -> 0.002"; empty for equal recipes."""
+def changed_keys(
+    old: Recipe, new: Recipe, *, only: Sequence[str] = ("*",), but: Sequence[str] = ()
+) -> list[str]:
+    """Each key whose value differs, as "phases.0.lr: 0.001 -> 0.002"; empty for equal recipes.
+
+    `only` and `but` are patterns such as "train.*": keys that are asked for, and keys that are not.
+    """
     before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
     return [
         f"{key}: {shown(before.get(key))} -> {shown(after.get(key))}"
         for key in [*before, *(key for key in after if key not in before)]
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and _matches(key, only) and not _matches(key, but)
     ]
 
 
@@ -321,6 +327,10 @@ def _place(label: str, path: Path_) -> str:
 
 def _dotted(path: Path_) -> str:
     return ".".join(str(part) for part in path)
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _leaves(values: Any, path: Path_ = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a recipe may say: every key with its type, range and default, then the checks between keys.
+"""What a recipe may say: every key with its type, range and default; checks between keys are in `checks`.
 
 Unknown keys are refused, and so is a setting that would have no effect. Progress is counted in images:
 such counts take 512000000, "512M", "5.12M" or "50k". The reference for users is docs/recipes.md.
@@ -6,8 +6,9 @@ such counts take 512000000, "512M", "5.12M" or "50k". The reference for users is
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -18,15 +19,11 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from shoestring.recipes.messages import did_you_mean, requirement, shown
-
-SCHEDULERS = {"edm": ("edm_heun", "edm_euler", "edm_dpm"), "flow": ("flow_euler", "flow_heun")}
-"""Samplers by the kind of objective that trains for them."""
+from shoestring.recipes.checks import problems
 
 _COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmb]?)", re.IGNORECASE)
 _FACTOR = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
@@ -51,6 +48,10 @@ def _no_bool(value: Any) -> Any:
 
 def _one_or_list(value: Any) -> str:
     return "list" if isinstance(value, (list, tuple)) else "one"
+
+
+def _one_or_section(value: Any) -> str:
+    return "section" if isinstance(value, (dict, BaseModel)) else "one"
 
 
 def _same_or_given(value: Any) -> str:
@@ -100,6 +101,7 @@ class Data(Section):
 
     store: Text | None = None
     scenes: Scenes | None = None
+    window: Count | None = None
     autoencoder: Text = "pixels"
     text_encoder: Text = "hashing"
     pad: Literal["none", "encoder"] = "none"
@@ -181,10 +183,33 @@ class Ema(Section):
     start: Images = 0
 
 
+class MaskRamp(Section):
+    """A mask ratio that goes from `start` to `end` in a phase, one ratio for each of `steps` stretches."""
+
+    start: Share
+    end: Share = 0.0
+    schedule: Literal["linear", "cosine"] = "linear"
+    steps: Annotated[Whole, Field(ge=2, le=32)] = 8
+
+    def ratio(self, step: int) -> float:
+        """The ratio of stretch 0 (`start`) to steps - 1 (`end`)."""
+        done = step / (self.steps - 1)
+        if self.schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return round((1 - done) * self.start + done * self.end, 12)
+
+
 Objective = Annotated[EdmObjective | FlowObjective, Field(discriminator="kind")]
 Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
 PhaseEma = Annotated[
     Annotated[Ema, Tag("given")] | Annotated[None, Tag("none")] | Annotated[Literal["same"], Tag("same")],
+    Discriminator(_same_or_given),
+]
+Mask = Annotated[
+    Annotated[Share, Tag("one")] | Annotated[MaskRamp, Tag("section")], Discriminator(_one_or_section)
+]
+PhaseMicrobatch = Annotated[
+    Annotated[Count, Tag("given")] | Annotated[None, Tag("none")] | Annotated[Literal["same"], Tag("same")],
     Discriminator(_same_or_given),
 ]
 PhaseClip = Annotated[
@@ -202,7 +227,7 @@ class Phase(Section):
     size: Count
     images: SomeImages
     batch: Count
-    mask: Share = 0.0
+    mask: Mask = 0.0
     lr: Positive
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: Images = 0
@@ -211,12 +236,58 @@ class Phase(Section):
     objective: dict[str, Number | None] = {}
     ema: PhaseEma = "same"
     grad_clip: PhaseClip = "same"
+    microbatch: PhaseMicrobatch = "same"
+    optimizer: Literal["same", "fresh"] = "same"
+
+    def mask_at(self, images: int) -> float:
+        """The mask ratio of a batch that begins after `images` of the phase, for every image in it."""
+        if not isinstance(self.mask, MaskRamp):
+            return self.mask
+        steps = self.mask.steps
+        return self.mask.ratio(min(images * steps // self.images, steps - 1))
+
+    @property
+    def mask_ends(self) -> tuple[float, float]:
+        """The first and the last mask ratio."""
+        return (self.mask.start, self.mask.end) if isinstance(self.mask, MaskRamp) else (self.mask, self.mask)
+
+    @property
+    def masks(self) -> tuple[tuple[float, int], ...]:
+        """The phase's mask ratios in their order, each with the count of images that are trained at it."""
+        if not isinstance(self.mask, MaskRamp):
+            return ((self.mask, self.images),)
+        steps = self.mask.steps
+        # Stretch k begins with the first batch whose first image is at or after the share k/steps of all.
+        firsts = [-(-k * self.images // steps) for k in range(steps + 1)]
+        firsts = [min(-(-first // self.batch) * self.batch, self.images) for first in firsts]
+        counts = [stop - start for start, stop in itertools.pairwise(firsts)]
+        return tuple((self.mask.ratio(k), count) for k, count in enumerate(counts))
+
+
+class Ddp(Section):
+    """Every process holds the whole network; gradients are averaged."""
+
+    kind: Literal["ddp"] = "ddp"
+
+
+class Fsdp2(Section):
+    """Weights, gradients and optimiser state in shards, over all processes or groups of `shard` of them."""
+
+    kind: Literal["fsdp2"] = "fsdp2"
+    shard: Count | None = None
+    gather_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    reshard_after_forward: bool = True
+
+
+Parallel = Annotated[Ddp | Fsdp2, Field(discriminator="kind")]
 
 
 class Train(Section):
     """How the loop runs and what it writes; none of it changes what is learned but grad_clip and dtype."""
 
     microbatch: Count | None = None
+    activation_checkpointing: bool = False
     grad_clip: Positive | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Count | None = None
@@ -225,6 +296,8 @@ class Train(Section):
     log_every: SomeImages = 1_000
     checkpoint_every: SomeImages = 1_000_000
     keep: Count = 2
+    keep_every: SomeImages | None = None
+    async_checkpoints: bool = False
     preview_every: SomeImages | None = None
     preview_prompts: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -262,6 +335,7 @@ class Recipe(Section):
     ema: Ema | None = None
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
     train: Train = Train()
+    parallel: Parallel = Ddp()
     sampling: Sampling
     evaluation: Evaluation = Evaluation()
 
@@ -269,6 +343,14 @@ class Recipe(Section):
     def images(self) -> int:
         """Images of all phases together."""
         return sum(phase.images for phase in self.phases)
+
+    def phase_after(self, images: int) -> Phase:
+        """The phase that a run is in after so many images: where two meet, the one that ends."""
+        for phase in self.phases:
+            if images <= phase.images:
+                return phase
+            images -= phase.images
+        return self.phases[-1]
 
     def objective_in(self, phase: Phase) -> EdmObjective | FlowObjective:
         """The objective with the phase's own numbers."""
@@ -279,165 +361,35 @@ class Recipe(Section):
         """The phase's own average, or the recipe's."""
         return self.ema if phase.ema == "same" else phase.ema
 
+    def microbatch_in(self, phase: Phase) -> int | None:
+        """The phase's own images of a forward pass, or the recipe's."""
+        return self.train.microbatch if phase.microbatch == "same" else phase.microbatch
+
     def grad_clip_in(self, phase: Phase) -> float | None:
         """The phase's own limit on the gradient norm, or the recipe's."""
         return self.train.grad_clip if phase.grad_clip == "same" else phase.grad_clip
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        checks = (_data_problems, _model_problems, _objective_problems, _phase_problems, _setting_problems)
-        for path, message in (problem for check in checks for problem in check(self)):
+        for path, message in problems(self):
             raise PydanticCustomError("recipe", "{message}", {"path": path, "message": message})
         return self
 
 
-Problems = Iterator[tuple[str, str]]
-"""(dotted key, what is wrong with it and what to do)."""
+FREE_KEYS = (
+    *("parallel.*", "phases.*.microbatch", "train.microbatch", "train.activation_checkpointing"),
+    *("train.threads", "train.compile", "train.spike", "train.log_every", "train.trackers"),
+    *("train.checkpoint_every", "train.keep", "train.keep_every", "train.async_checkpoints"),
+    *("train.preview_every", "train.preview_prompts", "evaluation.*"),
+)
+"""Keys (patterns) that may change when a run resumes: where it computes, what it keeps and tells.
 
+All others say what is learned. `sampling` is not here since the run's pipeline has been written with it.
+"""
 
-def _data_problems(recipe: Recipe) -> Problems:
-    data = recipe.data
-    if (data.store is None) == (data.scenes is None):
-        yield "data", "needs either `store` (a folder made by `shoestring encode`) or `scenes`, and not both."
-    if data.scenes is None:
-        return
-    if recipe.evaluation.prompts > data.scenes.held_out:
-        yield (
-            "evaluation.prompts",
-            f"{recipe.evaluation.prompts} prompts, but only {data.scenes.held_out} scenes are held out "
-            "(data.scenes.held_out).",
-        )
-    for i, phase in enumerate(recipe.phases):
-        if phase.size != data.scenes.size:
-            yield (
-                f"phases.{i}.size",
-                f"{phase.size} px, but the scenes are made at {data.scenes.size} px (data.scenes.size).",
-            )
-
-
-def _model_problems(recipe: Recipe) -> Problems:
-    model = recipe.model
-    blocks_of = {"": model.depth, "mixer_": model.mixer_depth}
-    for part, depth in blocks_of.items():
-        for key in ("qkv_ratio", "mlp_ratio"):
-            ratios = getattr(model, part + key)
-            if isinstance(ratios, tuple) and len(ratios) not in {2, depth}:
-                yield (
-                    f"model.{part}{key}",
-                    f"{len(ratios)} ratios for {depth} blocks: give one number, two ends or {depth}.",
-                )
-        positions = getattr(model, part + "expert_blocks")
-        beyond = [i for i in positions if i >= depth] if isinstance(positions, tuple) else []
-        if beyond:
-            yield (
-                f"model.{part}expert_blocks",
-                f"block {beyond[0]} does not exist: there are {depth}, counted from 0.",
-            )
-    for key in ("hidden_size", "mixer_size"):
-        size, below = getattr(model, key), getattr(model, key) // model.head_dim * model.head_dim
-        if size != below:
-            around = f"{max(below, model.head_dim)} or {below + model.head_dim}"
-            yield (
-                f"model.{key}",
-                f"{size} must be divisible by head_dim {model.head_dim}; nearest: {around}.",
-            )
-    if "sincos" in model.positions and model.hidden_size % 4:
-        yield "model.hidden_size", f"{model.hidden_size} must be divisible by 4 for sincos positions."
-    pairs = 4 if "rope" in model.positions else 2 if model.text_positions == "rope" else 1
-    if model.head_dim % pairs:
-        yield "model.head_dim", f"{model.head_dim} must be divisible by {pairs} for rotary positions."
-    idle = {
-        "num_experts": ("expert_capacity", "expert_blocks", "mixer_expert_blocks"),
-        "mixer_depth": ("mixer_size", "mixer_qkv_ratio", "mixer_mlp_ratio", "mixer_expert_blocks"),
-    }
-    for absent, keys in idle.items():
-        for key in keys if getattr(model, absent) == 0 else ():
-            default = type(model).model_fields[key].default
-            if getattr(model, key) != default:
-                yield f"model.{key}", f"has no effect with {absent} 0. Leave it at {default}."
-    if model.text_positions != "none" and model.text_depth == 0:
-        yield "model.text_positions", "has no effect with text_depth 0. Set it to none."
-
-
-def _objective_problems(recipe: Recipe) -> Problems:
-    objective = recipe.objective
-    numbers = [key for key in type(objective).model_fields if key not in {"kind", "prediction"}]
-    for i, phase in enumerate(recipe.phases):
-        where = f"phases.{i}.objective"
-        for key in phase.objective:
-            if key not in numbers:
-                yield (
-                    f"{where}.{key}",
-                    f"no number of objective {objective.kind}.{did_you_mean(key, numbers)}",
-                )
-        try:
-            recipe.objective_in(phase)
-        except ValidationError as error:
-            first = error.errors()[0]
-            if first["type"] != "extra_forbidden":
-                yield (
-                    f"{where}.{first['loc'][-1]}",
-                    f"{shown(first['input'])} is not allowed: {requirement(first)}.",
-                )
-        if isinstance(objective, FlowObjective) and objective.prediction == "velocity":
-            if objective.weight_cap is not None:
-                yield "objective.weight_cap", "has no effect with prediction velocity. Set it to null."
-            if phase.objective.get("weight_cap") is not None:
-                yield f"{where}.weight_cap", "has no effect with prediction velocity. Leave it out."
-    fitting = SCHEDULERS[objective.kind]
-    if recipe.sampling.scheduler not in fitting:
-        yield (
-            "sampling.scheduler",
-            f"{recipe.sampling.scheduler!r} does not fit objective {objective.kind}. "
-            f"Allowed: {', '.join(fitting)}.",
-        )
-    if recipe.sampling.shift != 1 and objective.kind != "flow":
-        yield "sampling.shift", "has no effect with an EDM scheduler. Leave it out."
-
-
-def _phase_problems(recipe: Recipe) -> Problems:
-    names = [phase.name for phase in recipe.phases]
-    for i, phase in enumerate(recipe.phases):
-        where = f"phases.{i}"
-        if names.index(phase.name) != i:
-            yield f"{where}.name", f"{phase.name!r} is the name of an earlier phase too. Choose another."
-        if phase.final is not None and phase.schedule == "constant":
-            yield (
-                f"{where}.final",
-                "has no effect with schedule constant. Use cosine or linear, or leave it out.",
-            )
-        if phase.warmup >= phase.images:
-            yield (
-                f"{where}.warmup",
-                f"{phase.warmup} images, but the phase ends after {phase.images}. Choose fewer, or 0.",
-            )
-        ema = recipe.ema_in(phase)
-        if ema is not None and ema.start >= phase.images:
-            yield (
-                "ema.start" if phase.ema == "same" else f"{where}.ema.start",
-                f"{ema.start} images, but phase {phase.name} ends after {phase.images}: "
-                "no weights would be averaged in it.",
-            )
-
-
-def _setting_problems(recipe: Recipe) -> Problems:
-    model, train = recipe.model, recipe.train
-    places = [model.expert_blocks, model.mixer_expert_blocks if model.mixer_depth else 0]
-    if recipe.optimizer.expert_lr_ratio != 1 and not (model.num_experts and any(places)):
-        yield "optimizer.expert_lr_ratio", "has no effect on a model without experts. Set it to 1."
-    if recipe.ema is not None and all(phase.ema != "same" for phase in recipe.phases):
-        yield "ema", "has no effect: every phase has its own. Set it to null."
-    if train.grad_clip is not None and all(phase.grad_clip != "same" for phase in recipe.phases):
-        yield "train.grad_clip", "has no effect: every phase has its own. Set it to null."
-    if train.preview_prompts is not None and train.preview_every is None:
-        yield "train.preview_prompts", "has no effect without preview_every. Set it to a number of images."
-    emas = {f"phases.{i}.ema": recipe.ema_in(phase) for i, phase in enumerate(recipe.phases)}
-    for where, ema in {"ema": recipe.ema, **emas}.items():
-        if ema is not None and len(set(ema.decays)) < len(ema.decays):
-            yield f"{where}.decays", "names a decay twice."
-    for where, items in (
-        ("train.trackers", train.trackers),
-        ("evaluation.loss_levels", recipe.evaluation.loss_levels),
-    ):
-        if len(set(items)) < len(items):
-            yield where, "names an item twice."
+ROUNDING_KEYS = (
+    *("parallel.*", "phases.*.microbatch", "train.microbatch", "train.activation_checkpointing"),
+    *("train.threads", "train.compile"),
+)
+"""Those of FREE_KEYS that change the order or grouping of sums: from there on a run agrees with one that was
+never stopped up to rounding, no longer bit for bit."""

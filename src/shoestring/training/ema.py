@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,31 +24,14 @@ class EMA:
         for decay, average in zip(self.decays, self.averages, strict=True):
             torch._foreach_lerp_(average, weights, 1 - decay)
 
-    @contextmanager
-    def applied(self, number: int = 0) -> Iterator[None]:
-        """The model has the averaged weights inside, its own again afterwards, bit for bit."""
-        own = [w.detach().clone() for w in self.weights]
-        self._copy(self.averages[number])
-        try:
-            yield
-        finally:
-            self._copy(own)
-
-    @torch.no_grad()
-    def _copy(self, tensors: Sequence[Tensor]) -> None:
-        for weight, tensor in zip(self.weights, tensors, strict=True):
-            weight.copy_(tensor)
+    def average(self, number: int) -> dict[str, Tensor]:
+        """The averages of one decay, by the parameter's name."""
+        return dict(zip(self.names, self.averages[number], strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """The averages under `<decay>/<parameter>`."""
         return {
             f"{decay}/{name}": tensor
-            for decay, average in zip(self.decays, self.averages, strict=True)
-            for name, tensor in zip(self.names, average, strict=True)
+            for number, decay in enumerate(self.decays)
+            for name, tensor in self.average(number).items()
         }
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        for decay, average in zip(self.decays, self.averages, strict=True):
-            for name, tensor in zip(self.names, average, strict=True):
-                tensor.copy_(tensors[f"{decay}/{name}"])

@@ -6,7 +6,8 @@
         averages -> count -> log -> preview -> checkpoint -> stop if asked
 
 Model, objective, data and what to do at a checkpoint are arguments. Nothing is drawn from a global random
-generator, so a run that stops and resumes goes on exactly as if it had not.
+generator, so a run that stops and resumes goes on exactly as if it had not. With several processes each
+takes its slice of every batch, and all take the same decisions from the same figures.
 """
 
 from __future__ import annotations
@@ -15,21 +16,32 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoestring.errors import TrainingDiverged
-from shoestring.interfaces import Batch, Objective
+from shoestring.interfaces import Batch, Loss, Objective
+from shoestring.processes import ALONE, World
 from shoestring.runtime import PeakMemory, autocast
 from shoestring.storage import RunFolder
 from shoestring.training import checkpoint
+from shoestring.training.checkpoint import Saver
 from shoestring.training.ema import EMA
 from shoestring.training.optimizers import Optimizers
+from shoestring.training.parallel import gathered, passes, set_gradient_sync, whole
+from shoestring.training.progress import Progress, Window, step_figures
 from shoestring.training.tracking import Trackers
+
+Look = Callable[[int, dict[str, Tensor]], None]
+"""Called with the images so far and weights by name."""
+
+Keep = Callable[[int, dict[str, Tensor], dict[str, Any]], None]
+"""Called with the images so far, weights by name, and the ledger as JSON."""
 
 _REFERENCE_WINDOWS = 5
 _REFERENCE_MOMENTUM = 0.9
@@ -37,11 +49,15 @@ _REFERENCE_MOMENTUM = 0.9
 
 @dataclass
 class Turn:
-    """An objective with its optimisers; taken every `every` steps from `start` images on."""
+    """An objective with its optimisers; taken every `every` steps from `start` images on.
+
+    `caller` is what `parallel.distribute` made of the objective: itself on one process.
+    """
 
     name: str
     objective: Objective
     optimizers: Optimizers
+    caller: nn.Module
     start: int = 0
     every: int = 1
 
@@ -75,18 +91,29 @@ class Costs(Protocol):
 class PhasePlan:
     """One phase, ready to run; every count is of images since the phase began.
 
-    enter      sets resolution, mask and noise levels in the objectives
-    batches    the phase's batches from an image on
-    lr         the learning rate after so many images
+    batch            images of a step, on all processes together
+    enter            sets resolution and noise levels in the objectives
+    advance          sets what changes within the phase (the mask ratio); called before each step
+    batches          this process's part of the phase's batches from an image on
+    lr               the learning rate after so many images
+    mask             the share of patches left out after so many images, for the records
+    flops_per_image  operations of an image after so many images
+    microbatch       images of one forward pass on a process; None is the loop's setting
+    fresh_optimizer  begin with the optimisers as they are before their first step
     """
 
     name: str
     images: int
+    batch: int
     enter: Callable[[], None]
     batches: Callable[[int], Generator[Batch, None, None]]
     lr: Callable[[int], float]
     cost: Callable[[], Cost]
-    flops_per_image: float = 0.0
+    advance: Callable[[int], None] = lambda images: None
+    mask: Callable[[int], float] = lambda images: 0.0
+    flops_per_image: Callable[[int], float] = lambda images: 0.0
+    microbatch: int | None = None
+    fresh_optimizer: bool = False
     grad_clip: float | None = None
     ema_decays: tuple[float, ...] = ()
     ema_start: int = 0
@@ -102,42 +129,16 @@ class LoopSettings:
     spike: float | None = 10.0
     log_every: int = 1_000
     checkpoint_every: int = 1_000_000
-    keep: int = 2
     preview_every: int | None = None
 
 
 @dataclass
-class Window:
-    """Sums since the last log line."""
-
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    images: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved in every checkpoint."""
-
-    phase: int = 0
-    phase_images: int = 0
-    images: int = 0
-    step: int = 0
-    reference_loss: float | None = None
-    windows: int = 0
-    window: Window = field(default_factory=Window)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Progress:
-        """What `asdict` gave."""
-        return cls(**{**value, "window": Window(**value["window"])})
-
-
-@dataclass
 class Training:
-    """A run in memory: what is trained, where it stands, and whom to tell."""
+    """A run in memory: what is trained, where it stands, and whom to tell.
+
+    `on_checkpoint` and `on_preview` get the count of images and the first turn's weights (averaged where
+    there are averages, whole, on the CPU); they are called on the main process alone.
+    """
 
     turns: Sequence[Turn]
     phases: Sequence[PhasePlan]
@@ -145,10 +146,13 @@ class Training:
     trackers: Trackers
     settings: LoopSettings
     ledger: Costs
-    on_checkpoint: Callable[[int], None] = lambda images: None
-    on_preview: Callable[[int], None] = lambda images: None
+    saver: Saver
+    world: World = ALONE
+    on_checkpoint: Keep = lambda images, weights, ledger: None
+    on_preview: Look = lambda images, weights: None
     progress: Progress = field(default_factory=Progress)
     emas: dict[str, EMA] = field(default_factory=dict)
+    unread: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -157,23 +161,30 @@ class Training:
 
     def train(self) -> bool:
         """Run to the end; True when finished, False when stopped on request (a checkpoint was saved)."""
-        with _stop_on_signal() as stop_asked, closing(self.trackers):
+        with _stop_on_signal() as stop_asked, closing(self.trackers), closing(self.saver):
             if self.progress.images and not self.finished:
                 self._event("resumed from a checkpoint")
             while not self.finished:
                 phase = self.phases[self.progress.phase]
                 self._enter(phase)
                 if not self._run_phase(phase, stop_asked):
+                    self.saver.wait()
                     return False
                 self.progress.phase += 1
                 self.progress.phase_images = 0
                 self.save()
+            self.saver.wait()
         return True
 
-    def averaged(self, number: int = 0) -> AbstractContextManager[None]:
-        """The first turn's parts hold their averaged weights inside, where there are any."""
-        ema = self.emas.get(self.turns[0].name)
-        return nullcontext() if ema is None else ema.applied(number)
+    def weights(self) -> dict[str, Tensor]:
+        """The first turn's weights, averaged where there are averages; for `on_checkpoint`, `on_preview`.
+
+        Whole and on the CPU on the main process, empty on the others; all processes must call it.
+        """
+        turn = self.turns[0]
+        ema = self.emas.get(turn.name)
+        averages = {} if ema is None else ema.average(0)
+        return gathered({**turn.objective.trained.state_dict(), **averages}, self.world)
 
     # --- one phase -------------------------------------------------------------------------------------
 
@@ -185,6 +196,8 @@ class Training:
             fresh = self.progress.phase_images == 0
             if ema is not None and (not goes_on or (fresh and phase.ema_start)):
                 del self.emas[turn.name]
+            if fresh and phase.fresh_optimizer:
+                turn.optimizers.prepare(())
         if self.progress.phase_images == 0:
             self._event(f"phase {phase.name}: {phase.images:,} images")
 
@@ -196,45 +209,59 @@ class Training:
                 started = time.perf_counter()
                 batch = next(batches).to(self.settings.device)
                 waited = time.perf_counter() - started
-                loss, grad_norm = self.step(phase, batch)
+                count = min(phase.batch, phase.images - progress.phase_images)
+                self.unread.append((count, *self.step(phase, batch)))
                 self._average(phase)
-                self._count(phase, batch, loss, grad_norm, started, waited)
+                self._count(phase, count, started, waited)
                 cost = phase.cost()
                 cost.peak_memory_bytes = max(cost.peak_memory_bytes, memory.bytes())
                 self._log_if_due(phase)
-                self._preview_if_due(len(batch))
-                if stop_asked():
+                self._preview_if_due(count)
+                if self.world.any(stop_asked()):
                     self.save()
                     return False
-                if progress.phase_images < phase.images and self._due("checkpoint_every", len(batch)):
+                if progress.phase_images < phase.images and self._due("checkpoint_every", count):
                     self.save()
         return True
 
-    def step(self, phase: PhasePlan, batch: Batch) -> tuple[float, float]:
-        """One optimiser step of every turn whose time it is; the first turn's loss and gradient norm."""
-        losses, norms = [], []
+    def step(self, phase: PhasePlan, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One optimiser step of every turn whose time it is.
+
+        Returns `step_figures` and the gradient norm of the first of them, summed over the processes and not
+        yet read, so that a GPU need not be waited for.
+        """
+        done: list[tuple[Tensor, Tensor]] = []
+        phase.advance(self.progress.phase_images)
         for turn in self.turns:
             if self.progress.images < turn.start or self.progress.step % turn.every:
                 continue
             turn.optimizers.set_lr(phase.lr(self.progress.phase_images))
             turn.optimizers.zero_grad()
-            losses.append(self._backward(turn.objective, batch))
+            figures = self._backward(phase, turn, batch)
             limit = math.inf if phase.grad_clip is None else phase.grad_clip
-            norms.append(torch.nn.utils.clip_grad_norm_(turn.optimizers.parameters(), limit))
+            norm = torch.nn.utils.clip_grad_norm_(turn.optimizers.parameters(), limit)
             turn.optimizers.step()
             turn.objective.after_step()
-        return float(losses[0]), float(norms[0])
+            done.append((figures, whole(norm)))
+        return done[0]
 
-    def _backward(self, objective: Objective, batch: Batch) -> Tensor:
-        """Gradients of the mean loss over the batch, in microbatches; the mean loss."""
-        settings = self.settings
-        total = torch.zeros((), device=settings.device)
-        for part in batch.split(settings.microbatch or len(batch)):
+    def _backward(self, phase: PhasePlan, turn: Turn, batch: Batch) -> Tensor:
+        """Gradients of the mean loss over the global batch, in passes of a microbatch each."""
+        settings, world = self.settings, self.world
+        count = min(phase.batch, phase.images - self.progress.phase_images)
+        number = passes(count, phase.microbatch or settings.microbatch, world)
+        total: Tensor | None = None
+        for pass_, part in enumerate(batch.parts(number), start=1):
+            if world.size > 1:
+                set_gradient_sync(turn.caller, pass_ == number)
             with autocast(settings.device, settings.dtype):
-                loss = objective(part).per_sample.float().sum() / len(batch)
-            loss.backward()
-            total += loss.detach()
-        return total
+                loss: Loss = turn.caller(part)
+            # Processes' gradients are averaged, and the mean is wanted over all images of the batch.
+            (loss.per_sample.float().sum() * (world.size / count)).backward()
+            figures = step_figures(loss.per_sample, loss.noise_level)
+            total = figures if total is None else total + figures
+        assert total is not None, "a batch has at least one part"
+        return world.sum(total)
 
     def _average(self, phase: PhasePlan) -> None:
         for turn in self.turns:
@@ -243,24 +270,30 @@ class Training:
             elif phase.ema_decays and self.progress.phase_images >= phase.ema_start:
                 self.emas[turn.name] = EMA(turn.objective.trained, phase.ema_decays)
 
-    def _count(
-        self, phase: PhasePlan, batch: Batch, loss: float, grad_norm: float, started: float, waited: float
-    ) -> None:
-        seconds = time.perf_counter() - started
+    def _count(self, phase: PhasePlan, count: int, started: float, waited: float) -> None:
         progress, window, cost = self.progress, self.progress.window, phase.cost()
-        progress.images += len(batch)
-        progress.phase_images += len(batch)
+        cost.flops += phase.flops_per_image(progress.phase_images) * count
+        progress.images += count
+        progress.phase_images += count
         progress.step += 1
-        window.loss += loss * len(batch)
-        window.grad_norm += grad_norm
-        window.images += len(batch)
-        window.steps += 1
+        if self._log_due(phase):
+            self._read()  # waits for the device, which is part of the step's time
+        seconds = time.perf_counter() - started
         window.seconds += seconds
-        cost.images += len(batch)
+        window.waited += waited
+        cost.images += count
         cost.steps += 1
-        cost.flops += phase.flops_per_image * len(batch)
         cost.seconds += seconds
         cost.data_wait_seconds += waited
+
+    def _read(self) -> None:
+        """Take the figures of steps not read yet into the window, in one transfer from the device."""
+        if not self.unread:
+            return
+        rows = torch.stack([torch.cat([norm.reshape(1).to(sums), sums]) for _, sums, norm in self.unread])
+        for (count, _, _), (norm, *figures) in zip(self.unread, rows.tolist(), strict=True):
+            self.progress.window.add(figures, norm, count)
+        self.unread.clear()
 
     # --- what is told and kept -----------------------------------------------------------------------------
 
@@ -270,15 +303,18 @@ class Training:
         images = self.progress.images
         return every is not None and images // every > (images - last_batch) // every
 
+    def _log_due(self, phase: PhasePlan) -> bool:
+        pending = self.progress.window.images + sum(count for count, _, _ in self.unread)
+        return pending >= self.settings.log_every or self.progress.phase_images >= phase.images
+
     def _log_if_due(self, phase: PhasePlan) -> None:
-        progress, window = self.progress, self.progress.window
-        mean = window.loss / window.images
-        for what, value in (("loss", mean), ("gradient norm", window.grad_norm)):
-            if not math.isfinite(value):
-                raise TrainingDiverged(self._diverged(f"the {what} is {value}"))
-        if window.images < self.settings.log_every and progress.phase_images < phase.images:
+        if not self._log_due(phase):
             return
+        progress, window = self.progress, self.progress.window
+        self._check_finite()
+        mean = window.loss / window.images
         self._check_spike(mean)
+        by_noise = window.mean_by_noise()
         self.trackers.log(
             {
                 "kind": "train",
@@ -288,12 +324,22 @@ class Training:
                 "loss": mean,
                 "lr": phase.lr(progress.phase_images),
                 "grad_norm": window.grad_norm / window.steps,
+                "mask": phase.mask(progress.phase_images),
                 "images_per_second": window.images / window.seconds,
+                "data_wait": window.waited / window.seconds,
+                "memory_bytes": phase.cost().peak_memory_bytes,
                 "seconds": self.ledger.seconds,
                 "flops": self.ledger.flops,
+                **({"by_noise": by_noise} if by_noise else {}),
             }
         )
         progress.window = Window()
+
+    def _check_finite(self) -> None:
+        window = self.progress.window
+        for what, value in (("loss", window.loss), ("gradient norm", window.grad_norm)):
+            if not math.isfinite(value):
+                raise TrainingDiverged(self._diverged(f"the {what} is {value}"))
 
     def _check_spike(self, mean: float) -> None:
         progress, limit = self.progress, self.settings.spike
@@ -310,10 +356,12 @@ class Training:
         progress.windows += 1
 
     def _diverged(self, what: str) -> str:
+        self.saver.wait()
         kept = checkpoint.newest(self.run.checkpoints, self._event)
+        root = self.run.root
         advice = (
             f"The last good checkpoint is kept: {kept.path}. Start from it at a lower rate with "
-            f"`--set init={self.run.root} --set phases.{self.progress.phase}.lr=...`."
+            f"`--name {root.name}-2 --set init={root} --set phases.{self.progress.phase}.lr=...`."
             if kept
             else "No checkpoint had been written yet. Lower the phase's lr, or set train.grad_clip."
         )
@@ -322,8 +370,9 @@ class Training:
     def _preview_if_due(self, last_batch: int) -> None:
         if self._due("preview_every", last_batch):
             started = time.perf_counter()
-            with self.averaged():
-                self.on_preview(self.progress.images)
+            weights = self.weights()
+            if self.world.is_main:
+                self.on_preview(self.progress.images, weights)
             self.ledger.spend("preview_seconds", time.perf_counter() - started)
 
     def _event(self, text: str) -> None:
@@ -332,42 +381,50 @@ class Training:
     # --- checkpoints -------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write what the caller keeps at each checkpoint (the pipeline), then the checkpoint itself.
+        """Write a checkpoint, and before it counts what the caller keeps at each (the pipeline).
 
         In this order a run that a checkpoint calls finished has its pipeline, wherever it was killed.
         """
         started = time.perf_counter()
-        with self.averaged():
-            self.on_checkpoint(self.progress.images)
+        self._read()
+        self._check_finite()
+        images, weights = self.progress.images, self.weights()
+        state = {
+            "progress": asdict(self.progress),
+            "ema": {name: ema.decays for name, ema in self.emas.items()},
+            "ledger": self.ledger.to_json(),
+        }
+        keep = partial(self.on_checkpoint, images, weights, state["ledger"])
+        self.saver.save(images, self._tensors(), state, keep)
+        self.ledger.spend("checkpoint_seconds", time.perf_counter() - started)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Go on from a checkpoint: weights, optimisers, averages and counters, bit for bit."""
+        self.progress = Progress.from_json(saved.state["progress"])
+        names = list(saved.sizes())
+        for turn in self.turns:
+            turn.optimizers.prepare(_below(names, f"optimizer/{turn.name}/"))
+            if decays := saved.state["ema"].get(turn.name):
+                self.emas[turn.name] = EMA(turn.objective.trained, decays)
+        saved.load(self._tensors(), self.world)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the run's state, alive, under its name in a checkpoint."""
         tensors: dict[str, Tensor] = {}
         for turn in self.turns:
             tensors |= _prefixed(f"model/{turn.name}/", turn.objective.trained.state_dict())
             tensors |= _prefixed(f"optimizer/{turn.name}/", turn.optimizers.state())
             if turn.name in self.emas:
                 tensors |= _prefixed(f"ema/{turn.name}/", self.emas[turn.name].state())
-        state = {
-            "progress": asdict(self.progress),
-            "ema": {name: ema.decays for name, ema in self.emas.items()},
-            "ledger": self.ledger.to_json(),
-        }
-        checkpoint.save(self.run.checkpoints, self.progress.images, tensors, state)
-        checkpoint.keep_last(self.run.checkpoints, self.settings.keep)
-        self.ledger.spend("checkpoint_seconds", time.perf_counter() - started)
-
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint: weights, optimisers, averages and counters, bit for bit."""
-        tensors = saved.tensors()
-        self.progress = Progress.from_json(saved.state["progress"])
-        for turn in self.turns:
-            turn.objective.trained.load_state_dict(checkpoint.take(tensors, f"model/{turn.name}/"))
-            turn.optimizers.load_state(checkpoint.take(tensors, f"optimizer/{turn.name}/"))
-            if decays := saved.state["ema"].get(turn.name):
-                self.emas[turn.name] = EMA(turn.objective.trained, decays)
-                self.emas[turn.name].load_state(checkpoint.take(tensors, f"ema/{turn.name}/"))
+        return tensors
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _below(names: Sequence[str], prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 @contextmanager

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shoestring.errors import RecipeError
+from shoestring.processes import ALONE, World
+from shoestring.training.muon import SharedMuon
 
 MATRIX, EXPERT, BOUNDARY, VECTOR = "matrix", "expert", "boundary", "vector"
 """Roles: hidden matrices; hidden matrices of experts; matrices where signals enter and leave; the rest."""
@@ -96,25 +99,31 @@ class Optimizers:
             if isinstance(value, Tensor)
         }
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
+    def prepare(self, names: Sequence[str]) -> None:
+        """Make the (zero) tensors that `state` gave under `names`, to be filled from a checkpoint."""
+        keys: dict[str, list[str]] = {}
+        for name in names:
             parameter, key = name.rsplit("/", 1)
-            found.setdefault(parameter, {})[key] = tensor
+            keys.setdefault(parameter, []).append(key)
         for optimizer in self.parts:
             optimizer.state.clear()
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if state := found.get(self.names[id(parameter)]):
-                        optimizer.state[parameter] = {  # torch keeps the step count on the CPU
-                            key: value if key == "step" else value.to(parameter.device)
-                            for key, value in state.items()
-                        }
+                    optimizer.state[parameter] = {
+                        key: _step_count(parameter, group) if key == "step" else torch.zeros_like(parameter)
+                        for key in keys.get(self.names[id(parameter)], ())
+                    }
 
 
-def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> Optimizers:
+def _step_count(parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """AdamW's count of steps: on the CPU, but for the fused kernel."""
+    return torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
+
+
+def make_optimizers(model: nn.Module, settings: OptimizerSettings, world: World = ALONE) -> Optimizers:
     """AdamW for everything, or Muon for hidden matrices and AdamW for the rest.
+
+    The model may be sharded over the processes of `world` already.
 
     Weight decay applies to matrices, hidden and boundary, not to norms and biases. Raises `RecipeError` for
     an unknown kind.
@@ -129,7 +138,7 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> Optimizers
             by_role[roles[name]].append(parameter)
             names[id(parameter)] = name
 
-    def group(role: str, ratio: float, decay: float) -> dict[str, object]:
+    def group(role: str, ratio: float, decay: float) -> dict[str, Any]:
         return {"params": by_role[role], "lr_ratio": ratio, "weight_decay": decay}
 
     muon = settings.kind == "muon"
@@ -142,9 +151,14 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> Optimizers
     adamw_groups = [g for g in (rest if muon else hidden + rest) if g["params"]]
     parts: list[torch.optim.Optimizer] = []
     if muon and (muon_groups := [g for g in hidden if g["params"]]):
-        parts.append(torch.optim.Muon(muon_groups, lr=1.0, momentum=settings.momentum))
+        parts.append(SharedMuon(muon_groups, settings.momentum, world))
     if adamw_groups:
-        parts.append(torch.optim.AdamW(adamw_groups, lr=1.0, betas=settings.betas, eps=settings.eps))
+        fused = all(p.device.type == "cuda" for group in adamw_groups for p in group["params"])
+        parts.append(
+            torch.optim.AdamW(
+                adamw_groups, lr=1.0, betas=settings.betas, eps=settings.eps, fused=fused or None
+            )
+        )
     return Optimizers(parts, names)
 
 

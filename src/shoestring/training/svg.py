@@ -1,30 +1,41 @@
 """Curves and bars as SVG text, written by hand: no library, no script; colours come from the page's style.
 
 A chart is 420 units wide, so that its text stays readable on a telephone. Class `s0` is the
-usual colour, `n0` ... `n7` a scale from cool to warm, `raw` the faint line under a smoothed one.
+usual colour, `n0` ... `n7` a scale from cool to warm, `r0` ... `r7` colours that stay apart, for runs, and
+`raw` the faint line under a smoothed one.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from itertools import pairwise
+from math import fsum
 
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 34
 MAX_POINTS = 300
+MAX_BINS = 3000
+LEGEND = 8
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series: its points in order of x, its class in the style, and its name for the legend, if any."""
+    """A series: its points in order of x, its class in the style, and its name for the legend, if any.
+
+    `label` is written at the line's end, in place of a legend; `dots` are moments marked on the line.
+    """
 
     points: Points
     style: str = "s0"
     name: str = ""
+    label: str = ""
+    dots: Points = ()
 
 
 @dataclass(frozen=True)
@@ -70,21 +81,26 @@ def chart(
     marks: Sequence[Mark] = (),
     x_label: str = "images",
     log: bool = False,
+    log_x: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """A figure of curves with axes, phases and marks; empty where no line has a finite point."""
-    drawn = [Line(_finite(line.points, log), line.style, line.name) for line in lines]
+    """A figure of curves with axes, phases and marks; empty where no line has a finite point.
+
+    `log` and `log_x` make an axis logarithmic, without the points that are not above zero.
+    """
+    drawn = [replace(line, points=_finite(line.points, log, log_x)) for line in lines]
     drawn = [line for line in drawn if line.points]
     if not drawn:
         return ""
-    x, y = _scales(drawn, bands, log, from_zero)
+    x, y = _scales(drawn, bands, log, log_x, from_zero)
     parts = [
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>',
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
         *_bands(bands, x),
         *_y_axis(y),
         *_x_axis(x, x_label),
-        *(f'<path class="line {line.style}" d="{_path(line.points, x, y)}"/>' for line in drawn),
+        *(_line(line, x, y) for line in drawn),
+        *_labels(drawn, x, y),
         *_marks(marks, x),
         "</svg>",
         _legend(drawn),
@@ -108,22 +124,38 @@ def bar(value: float, low: float | None, high: float | None) -> str:
     )
 
 
-def smoothed(points: Points, share: float = 0.02) -> list[tuple[float, float]]:
-    """Gaussian running mean over `share` of the x range (one standard deviation), at up to 300 places."""
+def smoothed(
+    points: Points, share: float = 0.02, places: int = MAX_POINTS, breaks: Sequence[float] = ()
+) -> list[tuple[float, float]]:
+    """Gaussian running mean over `share` of the x range (one standard deviation), at about so many places.
+
+    Nothing is averaged over `breaks`, values of x after which a curve may jump: the ends of phases.
+    """
     if len(points) < 3:
         return list(points)
+    points = _binned(points)
     spread = max(share * (points[-1][0] - points[0][0]), 1e-12)
-    step = max(1, len(points) // MAX_POINTS)
-    chosen = [*range(0, len(points) - 1, step), len(points) - 1]
-    reach = max(1, math.ceil(4 * share * len(points)))
+    step, reach = -(-len(points) // places), math.ceil(4 * share * len(points))
+    ends = [bisect_right(points, x, key=lambda point: point[0]) for x in sorted(breaks)]
     out = []
-    for k in chosen:
-        at = points[k][0]
-        near = points[max(0, k - reach) : k + reach + 1]
-        weights = [math.exp(-0.5 * ((x - at) / spread) ** 2) for x, _ in near]
-        total = sum(weight * y for weight, (_, y) in zip(weights, near, strict=True))
-        out.append((at, total / sum(weights)))
+    for start, stop in pairwise([0, *ends, len(points)]):
+        part = points[start:stop]
+        for k in [*range(0, len(part) - 1, step), *([len(part) - 1] if part else [])]:
+            at = part[k][0]
+            near = part[max(0, k - reach) : k + reach + 1]
+            weights = [math.exp(-0.5 * ((x - at) / spread) ** 2) for x, _ in near]
+            total = fsum(weight * y for weight, (_, y) in zip(weights, near, strict=True))
+            out.append((at, total / fsum(weights)))
     return out
+
+
+def value_at(points: Points, x: float) -> float:
+    """The curve's value at x, on straight lines between its points; the first or last one's beyond them."""
+    number = bisect_left(points, x, key=lambda point: point[0])
+    if number in (0, len(points)):
+        return points[max(0, number - 1)][1]
+    (start, low), (stop, high) = points[number - 1], points[number]
+    return low + (high - low) * (x - start) / (stop - start)
 
 
 def thinned(points: Points) -> list[tuple[float, float]]:
@@ -153,12 +185,25 @@ def short(value: float) -> str:
 # --- parts of a chart ------------------------------------------------------------------------------------
 
 
-def _finite(points: Points, log: bool) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)]
+def _binned(points: Points) -> Points:
+    """The means of up to 3,000 stretches of equally many points, so that smoothing a long run stays quick."""
+    size = -(-len(points) // MAX_BINS)
+    if size == 1:
+        return points
+    parts = (points[start : start + size] for start in range(0, len(points), size))
+    return [(fsum(x for x, _ in part) / len(part), fsum(y for _, y in part) / len(part)) for part in parts]
+
+
+def _finite(points: Points, log: bool, log_x: bool) -> list[tuple[float, float]]:
+    return [
+        (x, y)
+        for x, y in points
+        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log) and (x > 0 or not log_x)
+    ]
 
 
 def _scales(
-    lines: Sequence[Line], bands: Sequence[Band], log: bool, from_zero: bool
+    lines: Sequence[Line], bands: Sequence[Band], log: bool, log_x: bool, from_zero: bool
 ) -> tuple[_Scale, _Scale]:
     xs = [x for line in lines for x, _ in line.points] + [band.stop for band in bands]
     ys = [y for line in lines for _, y in line.points]
@@ -170,7 +215,7 @@ def _scales(
         room = 0.06 * (high - low) or abs(high) or 1.0
         low, high = low if low == 0 else low - room, high + room
     return (
-        _Scale(0.0, max(xs) or 1.0, LEFT, WIDTH - RIGHT),
+        _Scale(min(xs) if log_x else 0.0, max(xs) or 1.0, LEFT, WIDTH - RIGHT, log_x),
         _Scale(low, high, HEIGHT - BOTTOM, TOP, log),
     )
 
@@ -208,7 +253,7 @@ def _y_axis(y: _Scale) -> list[str]:
 def _x_axis(x: _Scale, label: str) -> list[str]:
     foot = HEIGHT - BOTTOM
     out = [f'<path class="axis" d="M{LEFT} {foot}H{WIDTH - RIGHT}"/>']
-    for value in ticks(x.low, x.high):
+    for value in ticks(x.low, x.high, x.log):
         out.append(
             f'<text class="tick" x="{x(value)}" y="{foot + 15}" text-anchor="middle">{short(value)}</text>'
         )
@@ -242,6 +287,27 @@ def _marks(marks: Sequence[Mark], x: _Scale) -> list[str]:
     ]
 
 
+def _line(line: Line, x: _Scale, y: _Scale) -> str:
+    title = f"<title>{escape(line.name)}</title>" if line.name else ""
+    path = f'<path class="line {line.style}" d="{_path(line.points, x, y)}">{title}</path>'
+    spots = (f'<circle class="dot {line.style}" cx="{x(at)}" cy="{y(to)}" r="2.6"/>' for at, to in line.dots)
+    return path + "".join(spots)
+
+
+def _labels(lines: Sequence[Line], x: _Scale, y: _Scale) -> list[str]:
+    """Labels at the lines' ends, from the lowest up, each raised over those in its way."""
+    placed: list[tuple[float, float]] = []
+    out = []
+    ends = [(x(line.points[-1][0]) + 3, y(line.points[-1][1]) + 4, line) for line in lines if line.label]
+    for left, foot, line in sorted(ends, key=lambda end: -end[1]):
+        while clash := [at for beside, at in placed if abs(beside - left) < 11 and abs(at - foot) < 11]:
+            foot = min(clash) - 11
+        placed.append((left, foot))
+        label = escape(line.label)
+        out.append(f'<text class="end {line.style}" x="{left:.1f}" y="{foot:.1f}">{label}</text>')
+    return out
+
+
 def _path(points: Points, x: Callable[[float], float], y: Callable[[float], float]) -> str:
     if len(points) == 1:
         points = [*points, points[0]]
@@ -249,8 +315,10 @@ def _path(points: Points, x: Callable[[float], float], y: Callable[[float], floa
 
 
 def _legend(lines: Sequence[Line]) -> str:
-    named = [line for line in lines if line.name]
+    named = [line for line in lines if line.name and not line.label]
     if not named:
         return ""
+    if len(named) > LEGEND:  # a long scale is named by its ends
+        named = [named[0], named[-1]]
     items = "".join(f'<span><i class="key {line.style}"></i>{escape(line.name)}</span>' for line in named)
     return f'<div class="legend">{items}</div>'

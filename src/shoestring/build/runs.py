@@ -1,0 +1,215 @@
+"""A run ready to train, new or resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoestring.build.looks import Exhibit
+from shoestring.build.networks import (
+    AnyObjective,
+    compile_network,
+    load_weights,
+    make_network,
+    make_objective,
+)
+from shoestring.build.phases import plan_phases
+from shoestring.cost.ledger import Ledger
+from shoestring.data.store import Store
+from shoestring.errors import CheckpointError, RecipeError
+from shoestring.interfaces import Log
+from shoestring.processes import ALONE, World
+from shoestring.recipes.load import changed_keys, dump, load_recipe
+from shoestring.recipes.schema import FREE_KEYS, ROUNDING_KEYS, Ddp, Recipe
+from shoestring.runtime import DTYPES, cpu_name, pick_dtype, set_threads
+from shoestring.storage import RunFolder, claim, remove_leftovers, write_json, write_text
+from shoestring.training import checkpoint
+from shoestring.training.checkpoint import Saver
+from shoestring.training.loop import LoopSettings, Training, Turn
+from shoestring.training.optimizers import OptimizerSettings, make_optimizers
+from shoestring.training.parallel import ParallelSettings, blocks, check_batches, distribute
+from shoestring.training.tracking import Console, JsonLines, TensorBoard, Tracker, Trackers, Wandb
+
+
+def make_training(
+    recipe: Recipe,
+    run: RunFolder,
+    store: Store,
+    *,
+    device: torch.device,
+    resume: bool,
+    log: Log,
+    world: World = ALONE,
+) -> Training:
+    """A run ready to train: a new one in a fresh folder, or one that goes on from its newest checkpoint.
+
+    With several processes each calls it and gets its part; the main one alone writes into the run's folder.
+    """
+    if world.is_main:
+        check_claim(recipe, run, resume, log)
+        if resume:
+            remove_leftovers(run.root)
+    world.barrier()
+    saved = _newest_checkpoint(run, log, world) if resume else None
+    images = saved.state["progress"]["images"] if saved else 0
+    network = make_network(recipe, store, recipe.phases[0])
+    if recipe.init and not saved:
+        load_weights(network, recipe.init)
+    dtype = pick_dtype(recipe.train.dtype, device)
+    ledger = Ledger(
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        device=str(device),
+        threads=set_threads(recipe.train.threads),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        processes=world.size,
+    )
+    if saved:
+        ledger.restore(saved.state["ledger"])
+    objective = make_objective(recipe, network)
+    turn = make_turn(recipe, objective, device=device, dtype=dtype, world=world)
+    train = recipe.train
+    training = Training(
+        turns=[turn],
+        phases=plan_phases(recipe, store, objective, ledger, world),
+        run=run,
+        trackers=_trackers(recipe, run, images) if world.is_main else Trackers([]),
+        settings=LoopSettings(
+            device=device,
+            dtype=dtype,
+            **train.model_dump(
+                include={"microbatch", "spike", "log_every", "checkpoint_every", "preview_every"}
+            ),
+        ),
+        ledger=ledger,
+        saver=Saver(
+            run.checkpoints,
+            keep=train.keep,
+            keep_every=train.keep_every,
+            background=train.async_checkpoints,
+            world=world,
+        ),
+        world=world,
+    )
+    if saved:
+        training.restore(saved)
+    if world.is_main:
+        checkpoint.drop_newer(run.checkpoints, images)
+        _show(training, Exhibit(recipe, store, run))
+        write_text(run.recipe, dump(recipe))
+    return training
+
+
+def make_turn(
+    recipe: Recipe,
+    objective: AnyObjective,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    world: World = ALONE,
+) -> Turn:
+    """The recipe's one turn: its objective spread over the processes, with fresh optimisers.
+
+    Raises `RecipeError` where a phase's batch cannot be shared among the processes.
+    """
+    settings = _parallel_settings(recipe, dtype)
+    network: Any = objective.trained["transformer"]
+    for number, phase in enumerate(recipe.phases):
+        counts = {phase.batch, phase.images % phase.batch or phase.batch}
+        check_batches(f"phases.{number}.batch", counts, recipe.microbatch_in(phase), world)
+    if recipe.train.activation_checkpointing:
+        network.enable_gradient_checkpointing()
+    caller = distribute(objective, settings, world, device)
+    if recipe.train.compile:
+        # FSDP2 gathers weights between blocks, where no compiled graph can reach.
+        sharded = settings.kind == "fsdp2" and world.size > 1
+        compile_network(recipe, network, tuple(blocks(network)) if sharded else ())
+    optimizers = make_optimizers(network, OptimizerSettings(**recipe.optimizer.model_dump()), world)
+    return Turn("denoiser", objective, optimizers, caller)
+
+
+def _parallel_settings(recipe: Recipe, dtype: torch.dtype) -> ParallelSettings:
+    parallel = recipe.parallel
+    if isinstance(parallel, Ddp):
+        return ParallelSettings()
+    gather = dtype if parallel.gather_dtype == "auto" else DTYPES[parallel.gather_dtype]
+    if gather != torch.float32 and dtype == torch.float32:
+        raise RecipeError(
+            f"parallel.gather_dtype: {parallel.gather_dtype} does not go with train.dtype float32. "
+            "Use auto, or train.dtype bfloat16."
+        )
+    return ParallelSettings(
+        kind="fsdp2",
+        shard=parallel.shard,
+        gather_dtype=gather,
+        reduce_dtype=DTYPES[parallel.reduce_dtype],
+        reshard_after_forward=parallel.reshard_after_forward,
+    )
+
+
+def check_claim(recipe: Recipe, run: RunFolder, resume: bool, log: Log | None = None) -> None:
+    """Raise where the run folder is taken, is not there to resume, or was begun with another recipe.
+
+    Keys that do not change what is learned may differ; `log` is told of those that change roundings.
+    """
+    if not run.recipe.is_file():
+        if resume:
+            raise CheckpointError(f"{run.root}: nothing to resume, there is no run. Leave --resume out.")
+        return
+    if not resume:
+        raise CheckpointError(
+            f"{run.root}: there is a run of this name already. Add --resume to go on with it, "
+            "or choose another --name."
+        )
+    old = load_recipe(run.recipe)
+    if changed := changed_keys(old, recipe, but=FREE_KEYS):
+        raise RecipeError(
+            f"{run.recipe}: the recipe has changed since the run began: {'; '.join(changed)}. Resume with "
+            "the same recipe, or start a new run with --name (and `--set init=...` for its weights)."
+        )
+    if log and (rounding := changed_keys(old, recipe, only=ROUNDING_KEYS)):
+        log(f"From here on equal to rounding only, no longer bit for bit: {'; '.join(rounding)}.")
+
+
+@contextmanager
+def claimed(run: RunFolder, world: World = ALONE) -> Iterator[None]:
+    """Keep every other training out of a run's folder while this one works in it."""
+    with claim(run.root) if world.is_main else nullcontext():
+        world.barrier()
+        yield
+
+
+def _newest_checkpoint(run: RunFolder, log: Log, world: World) -> checkpoint.Checkpoint | None:
+    saved = checkpoint.newest(run.checkpoints, log, world)
+    if saved is None:
+        log(f"{run.root}: no valid checkpoint yet; starting from the beginning.")
+    else:
+        log(f"Resuming {run.root} after {saved.state['progress']['images']:,} images.")
+    return saved
+
+
+def _show(training: Training, exhibit: Exhibit) -> None:
+    """Have a training's weights exported at each checkpoint and looked at for each preview."""
+
+    def keep(images: int, weights: dict[str, Tensor], ledger: dict[str, Any]) -> None:
+        exhibit.export(images, weights)
+        write_json(training.run.ledger, ledger)
+
+    def look(images: int, weights: dict[str, Tensor]) -> None:
+        for record in exhibit.look(images, weights, training.settings.device):
+            training.trackers.log(record)
+
+    training.on_checkpoint, training.on_preview = keep, look
+
+
+def _trackers(recipe: Recipe, run: RunFolder, images: int) -> Trackers:
+    trackers: list[Tracker] = [JsonLines(run.metrics, images), Console(recipe.images)]
+    for name in recipe.train.trackers:
+        tensorboard = name == "tensorboard"
+        folder = run.root / name
+        trackers.append(TensorBoard(folder, images) if tensorboard else Wandb(folder, recipe.name))
+    return Trackers(trackers)

@@ -1,0 +1,67 @@
+"""A recipe's data become an open store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from shoestring.build.phases import check_phases
+from shoestring.data.encode import EncodeSettings, encode
+from shoestring.data.manifest import MANIFEST
+from shoestring.data.sources import open_source
+from shoestring.data.store import Store
+from shoestring.errors import RecipeError
+from shoestring.interfaces import Log
+from shoestring.processes import ALONE, World
+from shoestring.recipes.schema import Recipe, Scenes
+from shoestring.storage import fingerprint
+
+
+def open_store(recipe: Recipe, *, device: torch.device, log: Log, world: World = ALONE) -> Store:
+    """The recipe's store; scenes are made and encoded where they are not there yet, by one process a machine.
+
+    Raises `StoreError` where it is missing or was made with other encoders or sizes than the recipe asks,
+    `RecipeError` where patches or masks do not fit its pictures.
+    """
+    if recipe.data.scenes is None:
+        store = Store.open(str(recipe.data.store))
+    else:
+        with world.first_on_machine():
+            store = scenes_store(recipe, recipe.data.scenes, Path("stores"), device, log)
+    for size in sorted({phase.size for phase in recipe.phases}):
+        store.check(
+            size=size,
+            autoencoder=recipe.data.autoencoder,
+            text_encoder=recipe.data.text_encoder,
+            pad=recipe.data.pad,
+            max_tokens=recipe.data.max_tokens,
+        )
+        side, patch = store.latent_shape(size)[1], recipe.model.patch_size
+        if side % patch:
+            raise RecipeError(
+                f"model.patch_size: {patch} does not divide the {side} x {side} latents of {size} px. "
+                f"Use a size that is a multiple of {size // side * patch}, or another patch size."
+            )
+    check_phases(recipe, store)
+    return store
+
+
+def scenes_store(recipe: Recipe, scenes: Scenes, folder: Path, device: torch.device, log: Log) -> Store:
+    """The store of a recipe's scenes below `folder`, named by all that it depends on."""
+    data = recipe.data
+    source = open_source("scenes", scenes=scenes.model_dump())
+    settings = EncodeSettings(
+        autoencoder=data.autoencoder,
+        text_encoder=data.text_encoder,
+        sizes=(scenes.size,),
+        pad=data.pad,
+        max_tokens=data.max_tokens,
+    )
+    key = fingerprint([source.describe(), data.autoencoder, data.text_encoder, data.pad, data.max_tokens])
+    path = folder / f"scenes-{key}"
+    if not (path / MANIFEST).is_file():
+        log(f"Making {scenes.images:,} scenes of {scenes.size} px into {path}")
+    store = encode(source, path, settings, device=device, log=log)
+    assert store is not None, "one worker encodes every chunk"
+    return store

@@ -1,0 +1,218 @@
+"""A store's manifest, its checksum, and the names of a store's files (docs/data.md, "Integrity").
+
+The manifest lists every shard with its size, CRC-32, SHA-256 and origin, every record (markers, settings,
+what was left out) with its SHA-256, and last the SHA-256 of all that. Origin is a short hash of the source
+and the encoder that a shard was made with, which the shard itself carries too: files of two encodings cannot
+mix unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoestring.errors import CorruptStoreError, StoreError
+from shoestring.storage import fingerprint, sha256
+
+FORMAT = 2  # adds to 1: checksums of the manifest and the records, int8 text, columns added later
+MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+SKIPPED = "skipped.jsonl"
+VERIFIED = "verified.json"  # which files `shoestring store verify` found whole; see integrity.py
+
+_CHECKSUM = "sha256"
+_NAMES = ("path", "id", "revision")  # of sources and encoders: change no number
+
+
+def shard_name(column: str, chunk: int) -> str:
+    """A shard's file, relative to the store."""
+    return f"columns/{column}/{chunk:05d}.{'jsonl' if column.startswith('json') else 'safetensors'}"
+
+
+def marker_name(chunk: int, addition: str = "") -> str:
+    """The file that says a chunk is finished, of the store or of an addition to it; relative to the store."""
+    return f"chunks/{addition}/{chunk:05d}.json" if addition else f"chunks/{chunk:05d}.json"
+
+
+def addition_name(addition: str) -> str:
+    """The file that says what an addition is made of, relative to the store."""
+    return f"added/{addition}.json"
+
+
+def addition_of(manifest: Mapping[str, Any], name: str) -> str:
+    """The addition that a file belongs to; empty for what the store was first made with."""
+    folder, *rest = name.split("/")
+    if folder == "columns":
+        added = manifest.get("added", {})
+        return next((each for each, said in added.items() if rest[0] in said["columns"]), "")
+    if folder == "added":
+        return rest[0].removesuffix(".json")
+    return rest[0] if folder == "chunks" and len(rest) > 1 else ""
+
+
+def chunk_of(name: str) -> int:
+    """The chunk of a shard or marker."""
+    return int(Path(name).name.split(".")[0])
+
+
+def column_of(name: str) -> str:
+    """The column of a shard."""
+    return name.split("/")[1]
+
+
+def origin_of(begun: Mapping[str, Any], column: str) -> str:
+    """What a column's numbers come from, as a short hash: source, encoder and form, whatever their names."""
+    kind, _, name = column.partition("-")
+    made_of: list[Any] = [_unnamed(begun["source"])]
+    if kind == "latents":
+        made_of.append(_unnamed(begun["autoencoder"]))
+    elif kind == "text":
+        of = {**begun, **begun.get("texts", {}).get(name, {})}
+        made_of += [_unnamed(of["text_encoder"]), of.get("text_dtype"), of.get("text_channels")]
+    return fingerprint(made_of)
+
+
+def _unnamed(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: each for key, each in described.items() if key not in _NAMES}
+
+
+def records_of(store: Path, num_chunks: int) -> dict[str, str]:
+    """SHA-256 of a folder's settings, list of what was left out, and markers, by name."""
+    names = [BEGUN, SKIPPED, *map(marker_name, range(num_chunks))]
+    return {name: sha256(store / name) for name in names if (store / name).is_file()}
+
+
+def signed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` with a checksum of all the rest of it as its last entry."""
+    rest = {key: each for key, each in value.items() if key != _CHECKSUM}
+    return {**rest, _CHECKSUM: _checksum(rest)}
+
+
+def signature_holds(value: Mapping[str, Any], *, needed: bool = True) -> bool:
+    """Whether a value carries the checksum of all the rest of it, or none where none is needed."""
+    return value == signed(value) or not (needed or _CHECKSUM in value)
+
+
+def parse_manifest(text: bytes, place: str, cure: str) -> dict[str, Any]:
+    """The manifest that a file holds; raises `StoreError` with `cure` for a damaged, edited or newer one."""
+    try:
+        manifest = json.loads(text)
+        version = int(manifest["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{place}/{MANIFEST}: cannot be read ({_brief(error)}). {cure}") from error
+    if not signature_holds(manifest, needed=version != 1):
+        raise CorruptStoreError(
+            f"{place}/{MANIFEST}: is damaged or was edited: it does not match its own checksum. {cure}"
+        )
+    if version > FORMAT:
+        raise StoreError(_newer(place, manifest))
+    return dict(manifest)
+
+
+def read_begun(store: Path, addition: str = "") -> dict[str, Any]:
+    """The settings a store, or an addition to it, was begun with; raises `StoreError` for unusable ones."""
+    path = store / (addition_name(addition) if addition else BEGUN)
+    words = "store add" if addition else "encode"
+    remove = f"rm -f {shlex.quote(str(path))} {shlex.quote(str(store / MANIFEST)) * (not addition)}".rstrip()
+    cure = f"Run the same `shoestring {words}` again, which keeps finished chunks, after: {remove}"
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        version = int(begun["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{path}: cannot be read ({_brief(error)}). {cure}") from error
+    if not signature_holds(begun, needed=version != 1):
+        raise CorruptStoreError(f"{path}: is damaged or was edited. {cure}")
+    if version > FORMAT:
+        raise StoreError(_newer(str(store), begun))
+    return {key: each for key, each in begun.items() if key != _CHECKSUM}
+
+
+def check_origins(place: Path | str, begun: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `StoreError` where some shards were made by other encoders or from another source than the rest.
+
+    `entries` are those of the files of `begun`, which says what they should come from.
+    """
+    expected: dict[str, str] = {}
+    foreign = []
+    for entry in entries:
+        column, origin = column_of(entry["path"]), entry.get("origin")
+        if column not in expected:
+            expected[column] = origin_of(begun, column)
+        if origin and origin != expected[column]:
+            foreign.append(str(entry["path"]))
+    if foreign:
+        raise CorruptStoreError(
+            f"{place}: {listed(foreign)} made by other encoders or from another source than the rest. "
+            f"{encode_again(place, begun, foreign)}"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a, b`, or the first five and how many more, with its verb."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more} {'was' if len(names) == 1 else 'were'}"
+
+
+def encode_again(place: Path | str, begun: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The commands that encode the chunks of some shards again."""
+    markers: dict[str, list[str]] = {}
+    for addition, chunk in sorted({(addition_of(begun, name), chunk_of(name)) for name in names}):
+        markers.setdefault(addition, []).append(shlex.quote(f"{place}/{marker_name(chunk, addition)}"))
+    again = "this chunk" if sum(map(len, markers.values())) == 1 else "these chunks"
+    steps = [f"rm -f {' '.join(each)} && {command_of(place, begun, of)}" for of, each in markers.items()]
+    return f"Encode {again} again with: {' && '.join(steps)}"
+
+
+def command_of(place: Path | str, begun: Mapping[str, Any], addition: str = "") -> str:
+    """The command that made a store or an addition to it, which also mends it."""
+    out = shlex.quote(str(place))
+    if addition:
+        return f"shoestring store add {out} {begun['added'][addition]['words']}"
+    return f"{begun['command']} --out {out}"
+
+
+def mend_manifest(path: Path) -> str:
+    """What writes the manifest of a folder anew."""
+    remove = f"rm -f {shlex.quote(str(path / MANIFEST))}"
+    return f"Write it anew from what is there with: {remove} && {_command_of(path)}"
+
+
+def why_not(path: Path) -> str:
+    """Why a folder without a manifest is no store."""
+    if not path.exists():
+        return f"{path}: no such store. Make one with `shoestring encode SOURCE --out {path}`."
+    if (path / BEGUN).is_file():
+        done = len(list((path / "chunks").glob("*.json")))
+        return f"{path}: this store is unfinished ({done} chunks done). Go on with: {_command_of(path)}"
+    return (
+        f"{path}: not a store (no {MANIFEST} in it). "
+        "Give the folder that `shoestring encode SOURCE --out STORE` made."
+    )
+
+
+def _newer(place: str, made: Mapping[str, Any]) -> str:
+    return (
+        f"{place}: store format {made['format']}, made by Shoestring {made.get('shoestring')}; "
+        f"this version reads up to {FORMAT}. Upgrade with `pip install --upgrade shoestring`."
+    )
+
+
+def _command_of(path: Path) -> str:
+    try:
+        command = json.loads((path / BEGUN).read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        command = "shoestring encode SOURCE"
+    return f"{command} --out {shlex.quote(str(path))}"
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _brief(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
