@@ -34,6 +34,7 @@ from shoestring.recipes.load import load_recipe
 from shoestring.recipes.schema import Phase, Recipe
 from shoestring.runtime import PeakMemory, pick_device, pick_dtype
 from shoestring.storage import RunFolder
+from shoestring.training.checkpoint import Saver
 from shoestring.training.loop import LoopSettings, PhasePlan, Training
 from shoestring.training.tracking import Trackers
 
@@ -85,9 +86,9 @@ def open_store(recipe: Recipe, folder: Path, rows: int) -> Store:
 
 def phases_of(recipe: Recipe, size: int, batch: int) -> list[Phase]:
     """The recipe's first masked and first dense phase of one size."""
-    phases = {phase.mask > 0: phase for phase in reversed(recipe.phases) if phase.size == size}
+    phases = {phase.mask_at(0) > 0: phase for phase in reversed(recipe.phases) if phase.size == size}
     return [
-        phases[masked].model_copy(update={"batch": batch, "warmup": 0})
+        phases[masked].model_copy(update={"batch": batch, "warmup": 0, "microbatch": None})
         for masked in (True, False)
         if masked in phases
     ]
@@ -97,15 +98,15 @@ def make_cases(
     recipe: Recipe, store: Store, phases: Sequence[Phase], compiled: bool, s: Settings
 ) -> list[Case]:
     """The phases' steps on one network and one optimiser."""
-    network = build.make_network(recipe, store, phases[0]).to(s.device)
-    if compiled:
-        network.compile()
-    objective = build.make_objective(recipe, network)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": compiled})})
+    objective = build.make_objective(recipe, build.make_network(recipe, store, phases[0]).to(s.device))
     ledger = Ledger("", "", 0, "", 0)
     plans = [build.plan_phase(recipe, phase, 0, store, objective, ledger) for phase in phases]
     settings = LoopSettings(s.device, s.dtype)
-    turns = [build.make_turn(recipe, objective)]
-    training = Training(turns, plans, RunFolder(Path()), Trackers([]), settings, ledger)
+    turns = [build.make_turn(recipe, objective, device=s.device, dtype=s.dtype)]
+    nowhere = RunFolder(Path())
+    saver = Saver(nowhere.checkpoints, keep=1, keep_every=None, background=False)
+    training = Training(turns, plans, nowhere, Trackers([]), settings, ledger, saver)
     cases = []
     for plan in plans:
         batches = plan.batches(0)
@@ -135,8 +136,8 @@ def measure(recipe: Recipe, store: Store, size: int, batch: int, compiled: bool,
     say = partial(tell, "train_step")
     for phase, case in zip(phases, cases, strict=True):
         speed = batch / medians[phase.name]
-        flops = case.plan.flops_per_image
-        about = {"phase": phase.name, "mask": phase.mask, **common}
+        flops = case.plan.flops_per_image(0)
+        about = {"phase": phase.name, "mask": phase.mask_at(0), **common}
         say("speed", speed, "images/s", **about)
         say("flops_per_image", flops, "FLOP", **about)
         say("flops_per_second", speed * flops, "FLOP/s", **about)
@@ -144,7 +145,7 @@ def measure(recipe: Recipe, store: Store, size: int, batch: int, compiled: bool,
         say("peak_memory", case.peak_bytes / 2**20, "MiB", **about)
     if len(cases) == 2:
         masked, dense = (phase.name for phase in phases)
-        per_image = [case.plan.flops_per_image for case in cases]
+        per_image = [case.plan.flops_per_image(0) for case in cases]
         say("masked_over_dense_speed", medians[dense] / medians[masked], "times", **common)
         say("dense_over_masked_flops", per_image[1] / per_image[0], "times", **common)
 

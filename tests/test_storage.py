@@ -221,3 +221,12 @@ def test_an_error_between_the_two_renames_puts_the_old_folder_back(
         write()
     assert names(tmp_path) == ["folder"]
     assert names(path) == ["old"]
+
+
+def test_what_a_library_wrote_for_its_owner_alone_gets_the_usual_mode(tmp_path: Path) -> None:
+    """safetensors makes its files 0600, which would shut a team out of a shared run."""
+    (tmp_path / "usual").touch()
+    with atomic_path(tmp_path / "folder") as aside:
+        aside.mkdir()
+        (aside / "file").touch(mode=0o600)
+    assert (tmp_path / "folder" / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode

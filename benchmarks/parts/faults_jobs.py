@@ -61,7 +61,7 @@ def _content(path: Path) -> Any:
 
 
 def _tensors(content: bytes) -> Any:
-    """What a safetensors file holds: its header, whose entries come in no fixed order, and all bytes after."""
+    """What a safetensors file holds: a header, whose entries come in no fixed order, and all bytes after."""
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), hashlib.sha256(content[start:]).hexdigest()
 
@@ -184,9 +184,7 @@ class Encoding:
             names += [f"chunks/{marker.name}", *(entry["path"] for entry in entries)]
         return {name: (stat.st_ino, stat.st_mtime_ns) for name in names for stat in [(store / name).stat()]}
 
-    def lost(
-        self, finished: dict[str, tuple[int, int]], folder: Path, said: Sequence[Ended]
-    ) -> list[str]:
+    def lost(self, finished: dict[str, tuple[int, int]], folder: Path, said: Sequence[Ended]) -> list[str]:
         """No file of a finished chunk may be written again."""
         now = self.finished(folder)
         return [f"{name} was written again" for name, state in finished.items() if now.get(name) != state]

@@ -30,7 +30,13 @@ def scenes_store(path: Path, samples: int) -> Store:
 
 
 def latents_store(
-    path: Path, samples: int, *, sizes: Mapping[int, tuple[int, ...]] = SIZES, pad: str = "none"
+    path: Path,
+    samples: int,
+    *,
+    sizes: Mapping[int, tuple[int, ...]] = SIZES,
+    pad: str = "none",
+    chunk_rows: int = CHUNK,
+    width: int = WIDTH,
 ) -> Store:
     """Random latents and tokens of the published model's widths, written as the encoder writes them.
 
@@ -45,7 +51,7 @@ def latents_store(
         "text_encoder": {
             "id": "random",
             "revision": None,
-            "width": WIDTH,
+            "width": width,
             "pad": pad,
             "max_tokens": TOKENS,
         },
@@ -55,9 +61,9 @@ def latents_store(
         "held_out": 0,
     }
     markers = []
-    for chunk, start in enumerate(range(0, samples, CHUNK)):
-        rows = min(CHUNK, samples - start)
-        markers.append(_write_chunk(path, chunk, start, rows, sizes, pad, generator))
+    for chunk, start in enumerate(range(0, samples, chunk_rows)):
+        rows = min(chunk_rows, samples - start)
+        markers.append(_write_chunk(path, chunk, start, rows, sizes, pad, width, generator))
     seal(path, begun, markers, 0.0, print)
     return Store.open(path)
 
@@ -69,6 +75,7 @@ def _write_chunk(
     rows: int,
     sizes: Mapping[int, tuple[int, ...]],
     pad: str,
+    width: int,
     generator: np.random.Generator,
 ) -> dict[str, Any]:
     """One chunk's shards; its marker."""
@@ -80,7 +87,7 @@ def _write_chunk(
     columns: dict[str, dict[str, np.ndarray[Any, Any]]] = {
         **{f"latents-{size}": {"mean": normal(rows, *shape)} for size, shape in sizes.items()},
         "text": {
-            "tokens": normal(int(lengths.sum()), WIDTH),
+            "tokens": normal(int(lengths.sum()), width),
             "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         },
         "rows": {"caption_offsets": np.arange(rows + 1), "caption_ids": np.arange(rows)},

@@ -75,7 +75,7 @@ def images_per_second(recipe: Recipe, phase: Phase, store: Store, device: torch.
     objective = build.make_objective(recipe, build.make_network(recipe, store, phase).to(device))
     ledger = Ledger("", "", 0, "", 0)
     plan = build.plan_phase(recipe, endless, 0, store, objective, ledger)
-    settings = LoopSettings(device, pick_dtype(recipe.train.dtype, device), recipe.train.microbatch)
+    settings = LoopSettings(device, pick_dtype(recipe.train.dtype, device))
     turns = [build.make_turn(recipe, objective, device=device)]
     nowhere = RunFolder(Path())
     saver = Saver(nowhere.checkpoints, keep=1, keep_every=None, background=False)

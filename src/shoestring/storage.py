@@ -35,6 +35,8 @@ _REFUSED = (
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),  # a file where a folder should be, or the reverse
 )
 _CLAIM = ".claim"
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 _ABANDONED = 24 * 3600
 """Seconds without a change after which another machine's half-written files are taken for left behind."""
 
@@ -76,8 +78,10 @@ def put_in_place(aside: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder with everything in it."""
+    """Ask the disk to keep a file, or a folder with everything in it, readable to whom the umask allows."""
     for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        if each.is_file():  # safetensors writes files that their owner alone may read
+            each.chmod(0o666 & ~_UMASK)
         _sync(each)
 
 

@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import shoestring
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.microdit_published import config_from_published
+from shoestring.models.text_encoders import load_text_encoder
 
 LETTERS = "!abcdefghijklmnopqrstuvwxyz'."
 LIMIT = 11
@@ -250,6 +251,8 @@ def test_prompts_are_padded_as_the_authors_padded_them(small: dict[str, Tensor],
         text, mask, *_ = pipeline.encode_prompt(prompt)
         assert mask is None
         assert torch.allclose(text, expected, atol=1e-6)
+        (encoded,) = load_text_encoder("out", pad="encoder").encode([prompt]).tokens
+        assert torch.allclose(encoded, expected[0], atol=1e-6), "and so a store is encoded with it"
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ class Step:
     """What one optimiser step was made of, seen from inside the network and the optimiser."""
 
     sides: list[int] = field(default_factory=list)  # of latents, one a forward pass
+    scales: list[float] = field(default_factory=list)  # of positions, one a forward pass
     rows: list[int] = field(default_factory=list)  # images, one a forward pass
     tokens: list[int] = field(default_factory=list)  # one a block and forward pass
     c_noise: list[Tensor] = field(default_factory=list)
@@ -55,8 +56,10 @@ def watched() -> Iterator[list[Step]]:
 
     def before_forward(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         step = now[0]
-        if isinstance(module, MicroDiT) and not module.patch_embed.weight.is_meta and not step.weights:
-            step.weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        if isinstance(module, MicroDiT) and not module.patch_embed.weight.is_meta:
+            step.scales.append(module.config.pos_interp_scale)
+            if not step.weights:
+                step.weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].is_meta:
             return
         if isinstance(module, nn.Conv2d):
@@ -153,6 +156,7 @@ def test_each_phase_has_its_size_mask_passes_and_clip(
     for step in steps:
         count = passes if sum(step.rows) == 16 else passes // 2
         assert step.sides == [side] * count
+        assert step.scales == [side / 16] * count
         assert step.tokens == ([patches] * 2 + [kept] * 3) * count
         assert step.grad_norm == pytest.approx(clip, rel=1e-3), "the limit, which every step here exceeds"
 
@@ -380,7 +384,7 @@ def test_a_change_of_roundings_is_allowed_and_said(unbroken: Any, here: Path, co
     said = command("train", "runs/phases", "--resume", "--set", "phases.3.microbatch=5")
     assert said.code == 0
     assert (
-        "From here on equal to rounding only, no longer bit for bit: phases.3.microbatch: 'same' -> 5."
+        "From here on equal to rounding only, no longer bit for bit: phases.3.microbatch: None -> 5."
         in said.err
     )
     ours, theirs = network(saved(run, TOTAL)), network(saved(unbroken[0], TOTAL))

@@ -68,6 +68,9 @@ DAMAGES = {
     "the list changed": ("skipped.jsonl", "flip"),
     "the manifest changed": ("manifest.json", "flip"),
     "the manifest cut short": ("manifest.json", "cut"),
+    "an added shard changed": ("columns/latents-32/00001.safetensors", "flip"),
+    "an added marker gone": ("chunks/latents-32/00000.json", "remove"),
+    "the settings of an addition changed": ("added/latents-32.json", "flip"),
 }
 
 
@@ -78,6 +81,7 @@ def test_every_cure_cures(damage: str, here: Path, command: Any, tree: Any) -> N
     (here / "photos/000.png").write_bytes(b"a broken picture, left out")
     words = ("encode", "photos", "--out", "mine", "--size", 16, "--chunk-rows", 8, "--held-out", 8)
     assert command(*words).code == 0
+    assert command("store", "add", "mine", "--size", 32).code == 0
     before = tree(here / "mine/columns")
     path = here / "mine" / name
     content = path.read_bytes()
@@ -101,6 +105,7 @@ def test_every_cure_cures(damage: str, here: Path, command: Any, tree: Any) -> N
             assert command(*rest).code == 0
     assert command("store", "verify", "mine").code == 0
     assert tree(here / "mine/columns") == before
+    assert Store.open("mine").sizes == (16, 32)
 
 
 def test_what_is_no_part_of_a_store_is_reported_and_no_error(here: Path, command: Any) -> None:
@@ -123,7 +128,10 @@ def test_copy_makes_a_store_and_goes_on(here: Path, command: Any) -> None:
     )
 
 
-def test_a_store_at_a_url_is_told_about_verified_and_copied(here: Path, command: Any, tmp_path: Path) -> None:
+def test_a_store_at_a_url_is_told_about_verified_and_copied(
+    here: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOESTRING_CACHE", str(here / "cache"))
     url = (here / "parted").as_uri()
     local = command("store", "info", "parted").out
     assert command("store", "info", url).out == local
@@ -170,10 +178,13 @@ def test_training_from_a_url_with_a_window_equals_training_from_the_folder(
     """Losses to the bit, on three chunks of which two are mixed at a time; only what trains is downloaded."""
     monkeypatch.setenv("SHOESTRING_CACHE", str(here / "cache"))
     settings = [word for pair in SMALL for word in ("--set", pair)]
-    for name, place in (("near", "parted"), ("far", (here / "parted").as_uri())):
-        where = ("--set", f"data.store={place}", "--set", "data.window=2", "--name", name)
+    url = (here / "parted").as_uri()
+    for name, place, window in (("near", "parted", 2), ("far", url, 2), ("plain", "parted", "null")):
+        where = ("--set", f"data.store={place}", "--set", f"data.window={window}", "--name", name)
         assert command("train", tiny, *settings, *where).code == 0
-    assert metrics(here / "runs/near") == metrics(here / "runs/far")
+    near, far, plain = (metrics(here / "runs" / name) for name in ("near", "far", "plain"))
+    assert near == far
+    assert near != plain
     columns = {path.name for path in here.glob("cache/*/files/*")}
     unused = {e["sha256"] for e in Store.open("parted").manifest["files"] if "latents-16" in e["path"]}
     assert columns

@@ -480,7 +480,7 @@ def test_commands_add_a_size_captions_and_an_encoder(
     shoestring("store", "info", place)
     told = capsys.readouterr().out
     for words in (
-        "best-one: 1.0 a sample, of 5.0 tokens",
+        "best-one: 1.0 a sample, 5.0 tokens each",
         "int8 token x channel",
         "24 px",
         "worker 0/1 on",
@@ -518,7 +518,7 @@ def test_scenes_are_drawn_again_for_another_size(tmp_path: Path) -> None:
     [
         ([], "what to add: give --size N"),
         (["--size", "8", "--caption-column", "text"], "what to add: give --size N"),
-        (["--size", "8", "--name", "x"], "--name has no effect without captions"),
+        (["--size", "8", "--name", "x"], "--name has no effect without --caption-column or --text-encoder"),
         (["--caption-column", "text", "--upscale"], "--upscale has no effect without --size"),
         (["--caption-column", "text", "--pad", "encoder"], "--pad has no effect without --text-encoder"),
         (

@@ -230,6 +230,24 @@ def test_a_second_run_encodes_nothing_again(rows: MakeRows, list_source: Any, tm
     assert files_of(tmp_path / "s") == before
 
 
+def test_the_work_of_every_worker_and_start_is_counted(
+    rows: MakeRows, list_source: Any, tmp_path: Path
+) -> None:
+    """Rows as often as they were encoded, a mended chunk twice; seconds and the device beside them."""
+    source = list_source(rows(25))
+    run(source, tmp_path / "s", (0, 2))
+    store, _ = run(source, tmp_path / "s", (1, 2))
+    assert store is not None
+    assert [(each["worker"], each["rows"]) for each in store.manifest["work"]] == [("0/2", 15), ("1/2", 10)]
+    (tmp_path / "s/chunks/00000.json").unlink()
+    again, _ = run(source, tmp_path / "s", (0, 2))
+    assert again is not None
+    assert [each["rows"] for each in again.manifest["work"]] == [25, 10]
+    first, second = (each.manifest["work"][0] for each in (store, again))
+    assert 0 < first["seconds"] <= second["seconds"]
+    assert first["device"] == second["device"] != ""
+
+
 def test_an_interrupted_run_goes_on_after_its_last_chunk(
     rows: MakeRows, list_source: Any, tmp_path: Path
 ) -> None:
@@ -493,7 +511,7 @@ def test_two_commands_make_and_check_a_store(
     for words in ("6 in 1 chunks", "held_out 2, train 4", "pixels", "hashing", "bytes a sample", "nothing"):
         assert words in told
     shoestring("store", "verify", str(out))
-    assert "all 5 files match" in capsys.readouterr().out
+    assert "all 9 files match" in capsys.readouterr().out
     shard = out / "columns/text/00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(AssertionError, match="2"):
@@ -510,6 +528,9 @@ def test_two_commands_make_and_check_a_store(
         (["scenes", "--worker", "4/4"], "--worker 4/4: give NUMBER/OF_ALL"),
         (["scenes", "--level", "cubes"], "level 'cubes' is unknown"),
         (["{folder}", "--level", "cells"], "--level is for the source `scenes` only"),
+        (["scenes", "--caption-column", "text"], "--caption-column has no effect on scenes"),
+        (["scenes", "--split", "test"], "--split has no effect on scenes"),
+        (["scenes", "--text-dtype", "int4"], "text_dtype 'int4': unknown. Use one of float16, int8"),
     ],
 )
 def test_bad_commands_end_with_two_and_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -55,6 +56,12 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
+def covered(store: Store) -> list[Path]:
+    """Every file of a store but times taken and what was found whole."""
+    files = sorted(path for path in store.path.rglob("*") if path.is_file())
+    return [path for path in files if path.parent.name != "work" and path.name != integrity.VERIFIED]
+
+
 @pytest.fixture
 def store(make_store: MakeStore, rows: MakeRows) -> Store:
     """Three chunks and a row that was left out."""
@@ -70,9 +77,7 @@ def test_every_flipped_bit_is_found_and_none_is_read(store: Store) -> None:
     gives the very same data or an error of one line.
     """
     original = everything(store)
-    store.verify()
-    files = sorted(path for path in store.path.rglob("*") if path.is_file() and path.parent.name != "work")
-    files = [path for path in files if path.name != integrity.VERIFIED]
+    files = covered(store)
     assert {path.name for path in files} >= {MANIFEST, BEGUN, SKIPPED, "00002.json", "00002.jsonl"}
     generator = random.Random(0)
     told: dict[str, int] = {}
@@ -94,6 +99,40 @@ def test_every_flipped_bit_is_found_and_none_is_read(store: Store) -> None:
     assert told["CorruptStoreError"] > FLIPS / 3, told
     assert same(everything(Store.open(store.path)), original)
     Store.open(store.path).verify()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "grown", "empty"])
+def test_every_file_cut_gone_grown_or_empty_is_found(damage: str, store: Store) -> None:
+    original, generator = everything(store), random.Random(damage)
+    for path in covered(store):
+        content = path.read_bytes()
+        if damage == "gone" or not content:
+            path.unlink()
+        elif damage == "grown":
+            path.write_bytes(content + bytes([generator.randrange(256)]))
+        else:
+            path.write_bytes(content[: generator.randrange(len(content)) * (damage == "cut")])
+        try:
+            with pytest.raises(StoreError):
+                Store.open(store.path).verify()
+            with contextlib.suppress(StoreError):
+                assert same(everything(Store.open(store.path)), original), f"wrong data read from {path}"
+        finally:
+            path.write_bytes(content)
+    Store.open(store.path).verify()
+
+
+def test_flips_in_the_list_of_what_was_verified_do_no_harm(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integrity, "SETTLED", 0)
+    store.verify()
+    original, path, generator = everything(store), store.path / integrity.VERIFIED, random.Random(1)
+    content = path.read_bytes()
+    for _ in range(50):
+        flip_a_bit(path, generator.randrange(len(content)), generator.randrange(8))
+        assert same(everything(Store.open(store.path)), original)
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("column", ["latents-16", "text", "rows", "json"])

@@ -238,8 +238,19 @@ def test_a_manifest_is_fetched_once_more_and_then_refused(fault: str, bucket: ty
 def test_where_there_is_no_store_that_is_said(bucket: type[Shaky]) -> None:
     with pytest.raises(StoreError, match=r"shaky://bucket/none: no store there \(no manifest\.json\)"):
         Store.open("shaky://bucket/none")
-    with pytest.raises(StoreError, match="nowhere://x/y: cannot be opened: Protocol not known"):
+    with pytest.raises(StoreError, match=r"nowhere://x/y: cannot be opened: Protocol not known.* Give a fol"):
         Store.open("nowhere://x/y")
+
+
+def test_what_a_protocol_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(StoreError, match=r"s3://bucket/mine: cannot be opened: Install s3fs .*\(with pip\)"):
+        Store.open("s3://bucket/mine")
+
+
+def test_a_store_is_not_encoded_into_a_url(make_store: Callable[..., Store], rows: Any) -> None:
+    with pytest.raises(StoreError, match=r"is a URL\. Encode into a folder of this machine"):
+        make_store(rows(3), Path("s3://bucket/mine"))
 
 
 def test_a_newer_store_asks_for_an_upgrade(bucket: type[Shaky], chunked: Path) -> None:

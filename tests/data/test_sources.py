@@ -220,6 +220,22 @@ def test_split_folders_are_kept_apart(tmp_path: Path, pngs: Callable[..., bytes]
 # --- Parquet ---------------------------------------------------------------------------------------------
 
 
+def test_options_without_effect_are_refused(tmp_path: Path, pngs: Callable[..., bytes]) -> None:
+    (tmp_path / "0.png").write_bytes(pngs(0))
+    (tmp_path / "0.txt").write_text("one")
+    for options, message in (
+        ({"split": "test"}, "not all named after splits, so --split test has no effect"),
+        ({"caption_columns": ["text"]}, "so --caption-column text has no effect"),
+        ({"image_column": "name"}, "so --image-column name has no effect"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            open_source(str(tmp_path), **options)
+    with pytest.raises(SourceError, match="is one file, so --split test has no effect"):
+        open_source(str(tmp_path / "0.png"), split="test")
+    with pytest.raises(SourceError, match="--caption-column has no effect on scenes"):
+        open_source("scenes", caption_columns=["text"])
+
+
 def test_parquet_of_several_splits_reads_train(tables: Path) -> None:
     pq.write_table(pq.read_table(tables / "train-1.parquet"), tables / "test-0.parquet")
     assert open_source(str(tables)).num_rows == COUNT

@@ -192,35 +192,56 @@ def test_the_manifest_tells_tokens_and_error(make_store: MakeStore, rows: MakeRo
         assert figures["error"]["mean"] <= figures["error"]["largest"] < 1e-3
 
 
-@pytest.mark.parametrize(("words", "share"), [(10, 1 / 6), (72, 1.0)])
-def test_bytes_of_captions_beside_published_padding(
-    words: int, share: float, rows: MakeRows, list_source: Any, tmp_path: Path
+@pytest.mark.parametrize(("tokens", "float16", "int8"), [(12, 1 / 6, 1 / 12), (74, 1.0, 1 / 2)])
+@pytest.mark.parametrize("model", ["clip", "t5"])
+def test_bytes_and_error_beside_published_padding(
+    model: str, tokens: int, float16: float, int8: float, rows: MakeRows, list_source: Any, tmp_path: Path
 ) -> None:
-    """12 and 74 tokens of width 1024 through a store: everything text takes, tables included."""
-    given = [
-        Row(row.key, row.image, (" ".join(f"w{n}x{i}" for i in range(words + 2)),))
-        for n, row in enumerate(rows(40))
-    ]
-    taken = {}
-    for dtype in ("float16", "int8"):
-        settings = EncodeSettings(sizes=(16,), text_dtype=dtype, chunk_rows=64)
-        store = encode(
-            list_source(given), tmp_path / dtype, settings, encoders=wide(dtype), log=lambda line: None
-        )
+    """Real text models of width 1024, short and long captions: everything that text takes in a store."""
+    folder, marks = wide_model(model, tmp_path / model)
+    draw = np.random.default_rng(0)
+    captions = [" ".join(f"w{word}" for word in draw.integers(0, 300, tokens - marks)) for _ in range(16)]
+    given = [Row(row.key, row.image, (text,)) for row, text in zip(rows(16), captions, strict=True)]
+    for dtype, share, error in (("float16", float16, 1e-7), ("int8", int8, 1e-3)):
+        settings = EncodeSettings(sizes=(16,), text_encoder=str(folder), text_dtype=dtype)
+        store = encode(list_source(given), tmp_path / dtype, settings, log=lambda line: None)
         assert store is not None
-        assert {len(each) for each in store.text(np.arange(40))} == {words + 2}
-        taken[dtype] = (store.bytes_by_column()["text"] + store.bytes_by_column()["rows"]) / 40
-    assert taken["float16"] < share * PADDED
-    assert taken["int8"] < share / 2 * PADDED
+        kept = store.text(np.arange(16))
+        assert {len(each) for each in kept} == {tokens}
+        table = 16 + 8 / 16  # which captions a row has: an offset and a number
+        pooled = 2048 if model == "clip" else 0  # CLIP's single vector, the same in every form
+        assert store.bytes_by_column()["text"] / 16 - pooled + table < share * PADDED
+        exact = torch.cat(load_text_encoder(str(folder)).encode(captions).tokens).double()
+        few = exact.square().mean(0).argsort()[:-8]
+        for channels in (slice(None), few):
+            one, other = exact[:, channels], torch.cat(kept).double()[:, channels]
+            assert (1 - torch.nn.functional.cosine_similarity(one, other, dim=1)).max() < error
 
 
-def wide(dtype: str) -> Encoders:
-    """Pixels, and words of width 1024."""
-    from shoestring.models.autoencoders import load_autoencoder
-    from shoestring.models.text_encoders import HashingTextEncoder
+def wide_model(name: str, folder: Path) -> tuple[Path, int]:
+    """One layer of CLIP or T5 with random weights, width 1024, 77 tokens; marks around a caption."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    text = TextEncoder(HashingTextEncoder(width=1024, max_tokens=77))
-    return Encoders(ImageEncoder(load_autoencoder("pixels"), "pixels"), CaptionEncoder(text, dtype))
+    torch.manual_seed(0)
+    words = ["<pad>", "<s>", "<unk>", *(f"w{number}" for number in range(300)), "</s>"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = [("<s>", 1), ("</s>", len(words) - 1)] if name == "clip" else [("</s>", len(words) - 1)]
+    single = "<s> $A </s>" if name == "clip" else "$A </s>"
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+    named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=77, **named).save_pretrained(folder)
+    if name == "clip":
+        sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 16}
+        ends = {"eos_token_id": len(words) - 1, "bos_token_id": 1, "pad_token_id": 0}
+        CLIPTextModel(
+            CLIPTextConfig(vocab_size=len(words), num_hidden_layers=1, **sizes, **ends)
+        ).save_pretrained(folder)
+    else:
+        sizes = {"d_model": 1024, "d_ff": 1024, "num_heads": 16, "d_kv": 64}
+        T5EncoderModel(T5Config(vocab_size=len(words), num_layers=1, **sizes)).save_pretrained(folder)
+    return folder, len(marks)
 
 
 class Broken(torch.nn.Module):
@@ -241,9 +262,10 @@ def test_tokens_that_cannot_be_stored_are_an_error(
     dtype: str, value: float, rows: MakeRows, list_source: Any, tmp_path: Path
 ) -> None:
     text = CaptionEncoder(TextEncoder(Broken(value)), dtype)
+    encoders = Encoders(ImageEncoder.load("pixels"), text)
     settings = EncodeSettings(sizes=(16,), text_dtype=dtype)
     with pytest.raises(ShoestringError, match="text encoder hashing: gave tokens"):
-        encode(list_source(rows(3)), tmp_path / "s", settings, encoders=Encoders(wide(dtype).image, text))
+        encode(list_source(rows(3)), tmp_path / "s", settings, encoders=encoders)
 
 
 def test_an_unknown_form_is_refused(rows: MakeRows, list_source: Any, tmp_path: Path) -> None:

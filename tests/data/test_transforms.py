@@ -12,7 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from shoestring.data.transforms import BadImage, decode, mirrored, prepare, quiet_pillow, says_side
+from shoestring.data.transforms import (
+    BadImage,
+    decode,
+    mirrored,
+    original_size,
+    prepare,
+    quiet_pillow,
+    says_side,
+)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -150,6 +158,21 @@ def test_a_turned_photo_is_set_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     assert decode(encoded(image, "JPEG", exif=exif)).size == (4, 8)
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_header_tells_the_upright_size(kind: str, orientation: int | None) -> None:
+    """As decoding the whole picture does."""
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    data = encoded(Image.fromarray(smooth(8, 4)), kind, exif=exif)
+    width, height = decode(data).size
+    assert original_size(data) == (height, width)
+    assert original_size(smooth(8, 4)) == (4, 8)
+    with pytest.raises(BadImage, match="unreadable image"):
+        original_size(data[:3])
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,21 @@ def test_figures_equal_a_count_by_hand(capacity: float) -> None:
         assert (figures["unused"], figures["many"]) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unused_are_the_tokens_that_the_layer_leaves_at_zero(dtype: torch.dtype) -> None:
+    """What no expert takes comes out as zero: the layer itself says which tokens those are."""
+    made, tokens = layer(capacity=0.8), torch.randn(8, 64, 8)
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        watched_experts(made) as load,
+    ):
+        out = made(tokens)
+    (figures,) = load.figures().values()
+    assert figures["unused"] == pytest.approx(float((out == 0).all(dim=-1).float().mean()))
+    assert 0.1 < figures["unused"] < 0.9
+
+
 def test_layers_are_named_by_their_blocks_and_watching_changes_no_bit() -> None:
     model = network()
     keep = torch.arange(6).repeat(3, 1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shoestring.errors import RecipeError
+from shoestring.recipes.checks import has_experts
 from shoestring.recipes.load import load_recipe
 from shoestring.recipes.schema import MaskRamp, Phase
 
@@ -129,6 +130,14 @@ def test_a_mask_that_leaves_too_few_patches_is_refused(sets: list[str], message:
     with pytest.raises(RecipeError) as caught:
         load_recipe(SMALL, sets)
     assert str(caught.value).startswith(f"--set phases.0.mask: {message}")
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 7, (), (0,), (4,), (1, 3)])
+@pytest.mark.parametrize("depth", [5, 8])
+def test_which_recipes_have_experts_is_what_the_network_says(blocks: Any, depth: int) -> None:
+    from shoestring.models.microdit import expert_positions
+
+    assert has_experts(blocks, depth) == bool(expert_positions(blocks, depth, last=False))
 
 
 def test_experts_that_no_masked_patch_reaches_do_not_limit_the_mask() -> None:

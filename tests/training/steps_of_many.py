@@ -34,7 +34,7 @@ def steps(recipe_path: str, variant: str, world: World) -> dict[str, object]:
     ledger = Ledger("", "", 0, "", 0)
     plan = build.plan_phases(recipe, store, objective, ledger, world)[0]
     saver = Saver(Path("none"), keep=1, keep_every=None, background=False, world=world)
-    settings = LoopSettings(CPU, microbatch=recipe.train.microbatch)
+    settings = LoopSettings(CPU)
     training = Training([turn], [plan], RunFolder(Path("none")), Trackers([]), settings, ledger, saver, world)
     plan.enter()
     batches = plan.batches(0)

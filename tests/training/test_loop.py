@@ -71,6 +71,7 @@ def make(
             name=name,
             images=40,
             batch=8,
+            microbatch=microbatch,
             enter=lambda: None,
             batches=batches(offset, 8, 40),
             lr=lambda images: 1e-2 * (1 - images / 80),
@@ -90,9 +91,7 @@ def make(
         ],
         run=folder,
         trackers=Trackers([JsonLines(folder.metrics, start)]),
-        settings=LoopSettings(
-            torch.device("cpu"), microbatch=microbatch, **{"log_every": 8, "checkpoint_every": 16, **settings}
-        ),
+        settings=LoopSettings(torch.device("cpu"), **{"log_every": 8, "checkpoint_every": 16, **settings}),
         ledger=ledger,
         saver=Saver(folder.checkpoints, keep=keep, keep_every=keep_every, background=background),
     )

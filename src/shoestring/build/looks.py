@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from shoestring.build.networks import (
 )
 from shoestring.data.loader import Loader
 from shoestring.data.store import Store
+from shoestring.evaluation.expert_load import watched_experts
 from shoestring.evaluation.run import held_out_loss
 from shoestring.interfaces import MetricRow
 from shoestring.pipelines.export import export
@@ -53,16 +55,17 @@ class Exhibit:
             export(self.pipeline, self.run.pipeline)
 
     def look(self, images: int, weights: dict[str, Tensor], device: torch.device) -> list[Record]:
-        """Write pictures; the loss on held-out images by noise level, where there are any, as records."""
+        """Write pictures; a record of them, and one of the loss on held-out images where there are any."""
         with self.busy:
             phase = self._take(images, weights)
             self.pipeline.to(device)
-            preview(self.recipe, self.pipeline, self.store, self.run, images)
+            path = preview(self.recipe, self.pipeline, self.store, self.run, images)
             for encoder in (self.pipeline.vae, self.pipeline.text_encoder):  # needed for pictures alone
                 encoder.to("cpu")
-            records = list(self._held_out(images, phase, device))
+            held_out = list(self._held_out(images, phase, device))
             self.pipeline.to("cpu")
-        return records
+        file = path.relative_to(self.run.root).as_posix()
+        return [{"kind": "preview", "images": images, "file": file}, *held_out]
 
     def _take(self, images: int, weights: dict[str, Tensor]) -> Phase:
         """Hold these weights, set to the phase that the run is in after so many images; that phase."""
@@ -73,11 +76,14 @@ class Exhibit:
 
     def _held_out(self, images: int, phase: Phase, device: torch.device) -> Iterator[Record]:
         split = next((name for name in self.store.splits if name != "train"), None)
-        if split is not None:
+        if split is None:
+            return
+        with watched_experts(self.objective.trained["transformer"]) as load:
             rows = held_out_rows(self.recipe, self.objective, self.store, split, phase.size, device)
-            by_noise = {row["facet"].removeprefix("log_sigma="): row["value"] for row in rows}
-            loss = by_noise.pop("all")
-            yield {"kind": "held_out", "images": images, "loss": loss, "by_noise": by_noise}
+        by_noise = {row["facet"].removeprefix("log_sigma="): row["value"] for row in rows}
+        record = {"kind": "held_out", "images": images, "loss": by_noise.pop("all"), "by_noise": by_noise}
+        experts = load.figures()
+        yield {**record, "experts": experts} if experts else record
 
 
 def held_out_rows(
@@ -98,7 +104,7 @@ def held_out_rows(
     return held_out_loss(objective.loss_at, batches, recipe.evaluation.loss_levels, split=split)
 
 
-def preview(recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, run: RunFolder, images: int) -> None:
+def preview(recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, run: RunFolder, images: int) -> Path:
     """Pictures of the same prompts and seeds every time, as one PNG and a JSON of how they were made."""
     prompts = list(recipe.train.preview_prompts or held_out_captions(store, PREVIEWS))
     seeds = [keyed_seed(recipe.seed, "preview") + i for i in range(len(prompts))]
@@ -107,6 +113,7 @@ def preview(recipe: Recipe, pipeline: MicroDiTPipeline, store: Store, run: RunFo
     save_grid([picture.image for picture in pictures], path)
     settings = {"steps": pictures[0].steps, "guidance": pictures[0].guidance, "seed": seeds[0]}
     write_json(path.with_suffix(".json"), {"prompts": prompts, "images": images, **settings})
+    return path
 
 
 def held_out_captions(store: Store, count: int) -> list[str]:

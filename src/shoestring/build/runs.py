@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoestring.build.looks import Exhibit
 from shoestring.build.networks import (
@@ -60,31 +60,19 @@ def make_training(
     if recipe.init and not saved:
         load_weights(network, recipe.init)
     dtype = pick_dtype(recipe.train.dtype, device)
-    ledger = Ledger(
-        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        device=str(device),
-        threads=set_threads(recipe.train.threads),
-        dtype=str(dtype).removeprefix("torch."),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        processes=world.size,
-    )
+    ledger = _ledger(recipe, network, device, dtype, world)
     if saved:
         ledger.restore(saved.state["ledger"])
     objective = make_objective(recipe, network)
     turn = make_turn(recipe, objective, device=device, dtype=dtype, world=world)
     train = recipe.train
+    counts = ("spike", "log_every", "checkpoint_every", "preview_every")
     training = Training(
         turns=[turn],
         phases=plan_phases(recipe, store, objective, ledger, world),
         run=run,
         trackers=_trackers(recipe, run, images) if world.is_main else Trackers([]),
-        settings=LoopSettings(
-            device=device,
-            dtype=dtype,
-            **train.model_dump(
-                include={"microbatch", "spike", "log_every", "checkpoint_every", "preview_every"}
-            ),
-        ),
+        settings=LoopSettings(device, dtype, **train.model_dump(include=set(counts))),
         ledger=ledger,
         saver=Saver(
             run.checkpoints,
@@ -102,6 +90,19 @@ def make_training(
         _show(training, Exhibit(recipe, store, run))
         write_text(run.recipe, dump(recipe))
     return training
+
+
+def _ledger(
+    recipe: Recipe, network: nn.Module, device: torch.device, dtype: torch.dtype, world: World
+) -> Ledger:
+    return Ledger(
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        device=str(device),
+        threads=set_threads(recipe.train.threads),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        processes=world.size,
+    )
 
 
 def make_turn(
@@ -207,9 +208,13 @@ def _show(training: Training, exhibit: Exhibit) -> None:
 
 
 def _trackers(recipe: Recipe, run: RunFolder, images: int) -> Trackers:
-    trackers: list[Tracker] = [JsonLines(run.metrics, images), Console(recipe.images)]
+    lines = JsonLines(run.metrics, images)
+    trackers: list[Tracker] = [lines, Console(recipe.images)]
     for name in recipe.train.trackers:
-        tensorboard = name == "tensorboard"
         folder = run.root / name
-        trackers.append(TensorBoard(folder, images) if tensorboard else Wandb(folder, recipe.name))
+        if name == "tensorboard":
+            trackers.append(TensorBoard(folder, images))
+        else:
+            settings = recipe.model_dump(mode="json")
+            trackers.append(Wandb(folder, recipe.name, settings, lines.records()))
     return Trackers(trackers)

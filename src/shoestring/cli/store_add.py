@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     import torch
 
     from shoestring.data.add import Addition
+    from shoestring.data.rows import Source
     from shoestring.data.store import Store
 
 Given = dict[str, Any]
-"""Options by their names; None for those not given."""
+"""The options that were given, by their names."""
 
 
 def add(
@@ -58,110 +59,103 @@ def add(
     from shoestring.data.store import Store
     from shoestring.runtime import pick_device
 
-    _check_choice(size, caption_column, text_encoder)
-    of_source = size or caption_column
-    _check_idle("--size", size, upscale=upscale, autoencoder=autoencoder)
-    _check_idle("captions", not size, name=name, text_dtype=text_dtype)
-    _check_idle("--caption-column", caption_column, max_bad=max_bad)
-    _check_idle("--text-encoder", text_encoder, pad=pad, max_tokens=max_tokens)
-    _check_idle(
-        "--size or --caption-column", of_source, SOURCE=source, image_column=image_column, split=split
-    )
+    given: Given = {
+        "SOURCE": source,
+        "size": size,
+        "caption_column": caption_column,
+        "text_encoder": text_encoder,
+    }
+    given |= {"name": name, "pad": pad, "max_tokens": max_tokens, "text_dtype": text_dtype}
+    given |= {"autoencoder": autoencoder, "upscale": upscale, "image_column": image_column, "split": split}
+    given = {option: value for option, value in (given | {"max_bad": max_bad}).items() if _is_given(value)}
+    _check(given)
     place, numbers = pick_device(device), worker_of(worker)
-    again = {"image_column": image_column, "split": split}
-    for number in size or [0]:
+    for number in given.get("size", [0]):
         store = Store.open(path)
-        if number:
-            given: Given = {"SOURCE": source, **again, "autoencoder": autoencoder, "upscale": upscale}
-            addition = _size(store, number, given, place)
-        else:
-            given = {
-                "SOURCE": source,
-                **again,
-                "caption_column": caption_column,
-                "text_encoder": text_encoder,
-            }
-            given |= {"pad": pad, "max_tokens": max_tokens, "text_dtype": text_dtype, "max_bad": max_bad}
-            addition = _captions(store, name, given, place)
+        addition = _size(store, number, given, place) if number else _captions(store, given, place)
         grown = with_progress(partial(run, store, addition, device=place, worker=numbers))
         _closing_line(grown, path, addition)
 
 
-def _size(store: Store, size: int, given: Given, device: torch.device) -> Addition:
-    from shoestring.data.add import SizeAddition, source_again
-    from shoestring.data.encoders import ImageEncoder
-
-    place = given["autoencoder"] or _full_name(store.manifest["autoencoder"])
-    image = ImageEncoder.load(place, device=device, log_variance=store.has_log_variance)
-    again = {name: given[name] for name in ("image_column", "split")}
-    source = source_again(store, given["SOURCE"], size=size, **again)
-    return SizeAddition(store, source, size, image, upscale=given["upscale"], words=_words(given))
+def _is_given(value: object) -> bool:
+    return value is not None and value is not False and value != []
 
 
-def _captions(store: Store, name: str | None, given: Given, device: torch.device) -> Addition:
-    from shoestring.data.add import CaptionAddition, source_again
-    from shoestring.data.encoders import CaptionEncoder
-    from shoestring.data.text_column import dtype_of
-
-    place, columns, made = given["text_encoder"], given["caption_column"], store.manifest["text_encoder"]
-    text = CaptionEncoder.load(
-        place or _full_name(made),
-        given["text_dtype"] or dtype_of(store.manifest["text_dtype"]),
-        pad=(given["pad"] or "none") if place else made["pad"],
-        max_tokens=given["max_tokens"] if place else made["max_tokens"],
-        device=device,
-    )
-    source = None
-    if columns:
-        again = {name: given[name] for name in ("image_column", "split")}
-        source = source_again(store, given["SOURCE"], caption_columns=columns, **again)
-    called = name or re.sub(r"[^\w.-]+", "-", "-".join(columns or [Path(place).name]))
-    max_bad = given["max_bad"]
-    return CaptionAddition(
-        store,
-        source,
-        text,
-        name=called,
-        words=_words(given),
-        **({} if max_bad is None else {"max_bad": max_bad}),
-    )
-
-
-def _words(given: Given) -> list[str]:
-    """What was given, as on the command line."""
-    words = [given["SOURCE"]] if given["SOURCE"] else []
-    for name, value in given.items():
-        option = f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(option)
-        elif value and name != "SOURCE":
-            words += [
-                word
-                for each in (value if isinstance(value, list) else [value])
-                for word in (option, str(each))
-            ]
-    return words
-
-
-def _check_choice(size: list[int] | None, columns: list[str] | None, text_encoder: str | None) -> None:
-    """One thing at a time."""
+def _check(given: Given) -> None:
+    """One thing at a time, and no option without effect."""
     from shoestring.errors import StoreError
 
-    if bool(size) == bool(columns or text_encoder):
+    captions = "caption_column" in given or "text_encoder" in given
+    if ("size" in given) == captions:
         raise StoreError(
             "what to add: give --size N, or --caption-column NAME, or --text-encoder PLACE (or the latter "
             "two together)."
         )
+    for needed, options in _NEEDED_BY.items():
+        idle = [option for option in options if option in given]
+        if idle and not any(each in given for each in needed):
+            names = " or ".join(map(_option, needed))
+            raise StoreError(f"{_option(idle[0])} has no effect without {names}. Leave it out.")
 
 
-def _check_idle(needs: str, there: object, **options: object) -> None:
-    """No option without effect."""
-    from shoestring.errors import StoreError
+_NEEDED_BY = {
+    ("size",): ("upscale", "autoencoder"),
+    ("caption_column", "text_encoder"): ("name", "text_dtype"),
+    ("caption_column",): ("max_bad",),
+    ("text_encoder",): ("pad", "max_tokens"),
+    ("size", "caption_column"): ("SOURCE", "image_column", "split"),
+}
 
-    for option, value in options.items():
-        if value and not there:
-            name = option if option.isupper() else f"--{option.replace('_', '-')}"
-            raise StoreError(f"{name} has no effect without {needs}. Leave it out.")
+
+def _option(name: str) -> str:
+    return name if name.isupper() else f"--{name.replace('_', '-')}"
+
+
+def _size(store: Store, size: int, given: Given, device: torch.device) -> Addition:
+    from shoestring.data.add import SizeAddition
+    from shoestring.data.encoders import ImageEncoder
+
+    place = given.get("autoencoder") or _full_name(store.manifest["autoencoder"])
+    image = ImageEncoder.load(place, device=device, log_variance=store.has_log_variance)
+    source = _source(store, given, size=size)
+    return SizeAddition(store, source, size, image, upscale="upscale" in given, words=_words(given))
+
+
+def _captions(store: Store, given: Given, device: torch.device) -> Addition:
+    from shoestring.data.add import MAX_BAD, CaptionAddition
+    from shoestring.data.encoders import CaptionEncoder
+    from shoestring.data.text_column import dtype_of
+
+    columns, place, made = given.get("caption_column"), given.get("text_encoder"), store.manifest
+    was = made["text_encoder"]
+    text = CaptionEncoder.load(
+        place or _full_name(was),
+        given.get("text_dtype") or dtype_of(made["text_dtype"]),
+        pad=given.get("pad", "none") if place else was["pad"],
+        max_tokens=given.get("max_tokens") if place else was["max_tokens"],
+        device=device,
+    )
+    source = _source(store, given, caption_columns=columns) if columns else None
+    called = re.sub(r"[^\w.-]+", "-", "-".join(columns or [Path(str(place)).name]))
+    name, max_bad = given.get("name", called), given.get("max_bad", MAX_BAD)
+    return CaptionAddition(store, source, text, name=name, words=_words(given), max_bad=max_bad)
+
+
+def _source(store: Store, given: Given, **options: Any) -> Source:
+    from shoestring.data.add import source_again
+
+    again = {option: given[option] for option in ("image_column", "split") if option in given}
+    return source_again(store, given.get("SOURCE"), **again, **options)
+
+
+def _words(given: Given) -> list[str]:
+    """What was given, as on the command line; size and name are the addition's own."""
+    words = [given["SOURCE"]] if "SOURCE" in given else []
+    for name, value in given.items():
+        if name not in ("SOURCE", "size", "name"):
+            for each in value if isinstance(value, list) else [value]:
+                words += [_option(name)] if each is True else [_option(name), str(each)]
+    return words
 
 
 def _full_name(encoder: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ from shoestring.data.seal import merged, sum_of, tell_cut, write_manifest
 from shoestring.data.sources import open_source
 from shoestring.data.store import Store
 from shoestring.data.texts import MAIN, TextSet, text_sets
-from shoestring.data.transforms import BadImage, original_size, prepare, says_side
+from shoestring.data.transforms import BadImage, original_size, prepare, quiet_pillow, says_side
 from shoestring.errors import SourceError, StoreError
 from shoestring.interfaces import Log
 from shoestring.storage import fingerprint, remove_leftovers
@@ -268,7 +268,7 @@ class SizeAddition:
     def write(self, writer: ChunkWriter, chunk: int) -> dict[str, Any]:
         parts: dict[str, list[NDArray[Any]]] = {}
         rows, mirrored = self.matched.of(chunk), 0
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, quiet_pillow():
             while batch := list(islice(rows, batch_of((self.size,)))):
                 pictures = np.stack(list(pool.map(self._picture, batch)))
                 if not parts:
@@ -366,11 +366,12 @@ class CaptionAddition:
     def write(self, writer: ChunkWriter, chunk: int) -> dict[str, Any]:
         unique: dict[str, int] = {}
         ids, records, borrowed = list[list[int]](), list[dict[str, Any]](), 0
-        for key, own, others in self._captions(chunk):
-            captions = others or own
-            borrowed += not others
-            ids.append([unique.setdefault(caption, len(unique)) for caption in captions])
-            records.append({"key": key, "captions": captions})
+        with quiet_pillow():
+            for key, own, others in self._captions(chunk):
+                captions = others or own
+                borrowed += not others
+                ids.append([unique.setdefault(caption, len(unique)) for caption in captions])
+                records.append({"key": key, "captions": captions})
         channels = text_sets(writer.begun)[self.set_name].channels
         arrays, said = self.text.columns(list(unique), channels)
         writer.arrays(self.columns[0], arrays | caption_table(ids))

@@ -34,9 +34,14 @@ class Source:
         self.url = url
         try:
             self._system, self._root = url_to_fs(url)
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
             raise StoreError(
-                f"{url}: cannot be opened: {error}. Or give a folder of this machine."
+                f"{url}: cannot be opened: {error} (with pip). Or copy it to a folder."
+            ) from error
+        except ValueError as error:
+            raise StoreError(
+                f"{url}: cannot be opened: {error}. Give a folder, or a URL such as s3://bucket/store, "
+                "hf://datasets/owner/name or https://host/store."
             ) from error
 
     def blocks(self, name: str) -> Iterator[bytes]:

@@ -341,6 +341,8 @@ def _tell(progress: Progress, before: int, todo: int | None, rows: int) -> None:
 
 def _check_place(out: Path) -> None:
     """A new or empty folder, or a store: anything else is left alone."""
+    if ":/" in out.as_posix()[2:]:  # a Path leaves one slash of two
+        raise StoreError(f"{out}: is a URL. Encode into a folder of this machine, and copy that there.")
     with writing_to(out):
         if out.exists() and not out.is_dir():
             raise StoreError(f"{out}: is a file. Give a folder for the store.")

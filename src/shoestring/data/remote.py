@@ -50,8 +50,9 @@ class Remote:
         self._lock = threading.Lock()
         self._left: dict[str, None] = {}  # files that will not be needed for a while, the longest left first
         if self._limit:
-            known = sorted(os.scandir(folder / "files"), key=lambda file: file.stat().st_mtime_ns)
-            self._left |= dict.fromkeys(file.name for file in known)
+            self._left |= dict.fromkeys(
+                sorted(found := self._cached(), key=lambda name: found[name].st_mtime_ns)
+            )
 
     @classmethod
     def open(cls, url: str, cache: str | Path | None = None) -> Remote:
@@ -100,7 +101,7 @@ class Remote:
             for entry in entries:
                 self._left.pop(str(entry["sha256"]), None)
                 self._left[str(entry["sha256"])] = None
-            size = sum(file.stat().st_size for file in os.scandir(self.path / "files")) if self._limit else 0
+            size = sum(each.st_size for each in self._cached().values()) if self._limit else 0
             while self._left and size >= self._limit:
                 oldest = self.path / "files" / next(iter(self._left))
                 del self._left[oldest.name]
@@ -131,6 +132,14 @@ class Remote:
         ):
             damaged[MANIFEST] = "is not as it was written"
         return Verification(len(expected) + 1, damaged, unexpected(self._source.names(), expected))
+
+    def _cached(self) -> dict[str, os.stat_result]:
+        """Files that are here; other processes may remove some meanwhile."""
+        found = {}
+        for file in os.scandir(self.path / "files"):
+            with suppress(FileNotFoundError):
+                found[file.name] = file.stat()
+        return found
 
     @contextmanager
     def _alone(self, hashed: str) -> Iterator[None]:

@@ -19,7 +19,7 @@ from shoestring.data.integrity import Entry, matches, what_is_wrong
 from shoestring.data.shards import Array, read_lines, read_shard
 from shoestring.errors import CorruptStoreError, StoreError
 
-FEWEST, MOST = 256, 16_384  # shards open at once: each takes a file descriptor and a mapping
+FEWEST, MOST = 256, 32_768  # shards open at once: each takes a file descriptor and a mapping
 HELPERS = 4  # threads that open shards ahead
 
 Arrays = dict[str, Array]

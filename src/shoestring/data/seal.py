@@ -107,7 +107,7 @@ def merged(manifest: dict[str, Any], addition: str, begun: Mapping[str, Any]) ->
 def measured(markers: list[dict[str, Any]]) -> dict[str, Any]:
     """`text_measured`: captions and tokens stored, and how far these are from what was encoded."""
     parts = [marker["text"] for marker in markers if "text" in marker]
-    if not parts:
+    if not parts or len(parts) < len(markers):  # some were encoded by a version that did not measure
         return {}
     counts = {name: sum(part[name] for part in parts) for name in ("captions", "tokens")}
     return {"text_measured": {**counts, "error": combined(part["error"] for part in parts)}}

@@ -278,7 +278,7 @@ class Store:
         self._shards.hold(shard_name(column, chunk) for chunk in chunks for column in columns)
 
     def release(self, columns: Sequence[str], chunks: Iterable[int], *, drop: bool) -> None:
-        """Undo one `hold`; with `drop`, shards that nobody holds any more are closed, their copies removed."""
+        """Undo one `hold`; with `drop`, shards that nobody holds are closed and their copies removed."""
         self._shards.release((shard_name(column, chunk) for chunk in chunks for column in columns), drop=drop)
 
     # --- rows to arrays ----------------------------------------------------------------------------------

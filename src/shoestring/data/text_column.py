@@ -26,6 +26,7 @@ DESCRIBED = {FLOAT16: "float16", INT8: "int8 token x channel"}
 LARGEST = 127
 FLOOR = 0.01  # of the channels' mean: a channel silent in calibration may speak later
 LARGE_CHANNELS = 8  # cosine over all channels hides what befalls the others: told without these as well
+AT_ONCE = 2**19  # values turned back at once
 MEASURED = 512  # tokens of a batch of captions whose error is measured
 
 
@@ -67,7 +68,13 @@ def unpack(tokens: NDArray[Any], scales: NDArray[np.float32] | None, channels: T
     values = torch.from_numpy(tokens)
     if channels is None or scales is None:
         return values.float()
-    return (values * channels).mul_(torch.from_numpy(scales)[..., None])
+    out, scale = torch.empty(values.shape), torch.from_numpy(scales)[..., None]
+    step = max(1, AT_ONCE // max(1, values[:1].numel()))
+    for start in range(0, len(values), step):  # in the cache: several passes over a whole batch are not
+        part = slice(start, start + step)
+        torch.mul(values[part], channels, out=out[part])
+        out[part].mul_(scale[part])
+    return out
 
 
 def error_of(tokens: Tensor, stored: Mapping[str, NDArray[Any]], channels: Tensor | None) -> dict[str, Any]:

@@ -70,11 +70,10 @@ def original_size(image: bytes | Pixels) -> tuple[int, int]:
     if isinstance(image, np.ndarray):
         return image.shape[0], image.shape[1]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(image))
-            width, height = picture.size
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        picture = Image.open(io.BytesIO(image))
+        width, height = picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        turned &= picture.format != "TIFF"  # whose size Pillow tells upright
     except Exception as error:  # as in `decode`
         raise BadImage("unreadable image") from error
     return (width, height) if turned else (height, width)

@@ -315,7 +315,9 @@ def _load_model(path_or_id: str, config: Any, subfolder: str, revision: str | No
             model, info = _model_class(config).from_pretrained(
                 path_or_id,
                 subfolder=subfolder,
-                revision=revision,
+                # Without a revision named, transformers passes over safetensors that the hub's own converter
+                # offers beside a repository of .bin files.
+                revision=revision or "main",
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,

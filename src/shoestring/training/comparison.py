@@ -11,7 +11,7 @@ from shoestring.interfaces import MetricRow
 from shoestring.training.records import Point, RunFiles, is_number, phase_ends, series
 from shoestring.training.scores import SCORES, find, interval, percent, words
 from shoestring.training.svg import short, smoothed, value_at
-from shoestring.training.tracking import clock, flops_text
+from shoestring.training.tracking import clock, flops_text, threads_text
 
 NONE = "–"
 LONGEST = 44  # characters of a setting's value
@@ -183,7 +183,7 @@ def _how(run: RunFiles) -> str:
         ledger.get("device"),
         ledger.get("dtype"),
         f"{processes} processes" if processes > 1 else None,
-        f"{ledger['threads']} threads" if ledger.get("threads") else None,
+        threads_text(ledger.get("threads")),
     ]
     return ", ".join(str(part) for part in parts if part)
 

@@ -98,7 +98,7 @@ class PhasePlan:
     lr               the learning rate after so many images
     mask             the share of patches left out after so many images, for the records
     flops_per_image  operations of an image after so many images
-    microbatch       images of one forward pass on a process; None is the loop's setting
+    microbatch       images of one forward pass on a process; None is all of its part
     fresh_optimizer  begin with the optimisers as they are before their first step
     """
 
@@ -125,7 +125,6 @@ class LoopSettings:
 
     device: torch.device
     dtype: torch.dtype = torch.float32
-    microbatch: int | None = None
     spike: float | None = 10.0
     log_every: int = 1_000
     checkpoint_every: int = 1_000_000
@@ -249,7 +248,7 @@ class Training:
         """Gradients of the mean loss over the global batch, in passes of a microbatch each."""
         settings, world = self.settings, self.world
         count = min(phase.batch, phase.images - self.progress.phase_images)
-        number = passes(count, phase.microbatch or settings.microbatch, world)
+        number = passes(count, phase.microbatch, world)
         total: Tensor | None = None
         for pass_, part in enumerate(batch.parts(number), start=1):
             if world.size > 1:

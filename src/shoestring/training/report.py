@@ -20,7 +20,7 @@ from shoestring.training.page import footer, page, table
 from shoestring.training.records import RunFiles, is_number, read_or_empty
 from shoestring.training.scores import find, interval, percent, scores, words
 from shoestring.training.svg import short
-from shoestring.training.tracking import Record, clock, flops_text
+from shoestring.training.tracking import Record, clock, flops_text, threads_text
 
 GALLERY = 24  # pictures shown of each split
 PREVIEWS = 12  # previews shown, spread over the run
@@ -183,7 +183,7 @@ def _cost(run: RunFiles) -> str:
         ledger.get("hardware"),
         f"device {ledger.get('device', '?')}",
         f"{processes} processes" if processes > 1 else None,
-        f"{ledger.get('threads', '?')} threads",
+        threads_text(ledger.get("threads")),
         ledger.get("dtype"),
         f"{ledger['parameters']:,} parameters" if ledger.get("parameters") else None,
     ]

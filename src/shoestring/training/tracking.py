@@ -136,9 +136,10 @@ class Wandb:
                 resume="allow",
             )
         except (wandb.errors.Error, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise RecipeError(
-                f"train.trackers: wandb does not start: {str(error).splitlines()[0].rstrip('.')}. Run wandb "
-                f"login, or set WANDB_MODE=offline to keep the figures in {folder}."
+                f"train.trackers: wandb does not start: {reason}. Run wandb login, or set WANDB_MODE=offline "
+                f"to keep the figures in {folder}."
             ) from error
         self.run.define_metric("images")
         self.run.define_metric("*", step_metric="images")
@@ -248,6 +249,11 @@ def clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def threads_text(threads: int | None) -> str:
+    """1 thread, 2 threads; empty where nobody counted."""
+    return f"{threads} thread{'s' if threads != 1 else ''}" if threads else ""
 
 
 def flops_text(flops: float) -> str:
