@@ -92,7 +92,7 @@ class World:
         file.unlink()
         file.write_bytes(content)
         problems = self._meet(folder, line)
-        return [f"{file.relative_to(folder)} = {content[:300]!r}: {problem}" for problem in problems]
+        return [f"{problem} with {file.relative_to(folder)} = {content[:200]!r}" for problem in problems]
 
     # --- how a command met it ----------------------------------------------------------------------------
 
@@ -129,10 +129,10 @@ _READ: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("half/begun.json", ("encode pictures --out half --size 16 --chunk-rows 5",)),
     ("half/chunks/*", ("encode pictures --out half --size 16 --chunk-rows 5",)),
     ("half/work/*", ("encode pictures --out half --size 16 --chunk-rows 5",)),
-    ("pictures/*", ("encode pictures --out new --max-bad 0.5", "encode pictures --out new --max-bad 0")),
-    ("table/metadata.jsonl", ("encode table --out new --max-bad 0.5",)),
-    ("csv/metadata.csv", ("encode csv --out new --max-bad 0.5",)),
-    ("rows.parquet", ("encode rows.parquet --out new --max-bad 0.5",)),
+    ("pictures/*", ("encode pictures --out new --size 16 --max-bad 0.5", "encode pictures --out new --size 16 --max-bad 0")),
+    ("table/metadata.jsonl", ("encode table --out new --size 16 --max-bad 0.5",)),
+    ("csv/metadata.csv", ("encode csv --out new --size 16 --max-bad 0.5",)),
+    ("rows.parquet", ("encode rows.parquet --out new --size 16 --max-bad 0.5",)),
 )
 """Files, and commands that read them."""
 

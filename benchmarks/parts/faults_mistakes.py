@@ -37,7 +37,7 @@ def mistakes() -> Iterator[Mistake]:
         yield Mistake("sample run/pipeline x", {"run/pipeline/model_index.json": content})
         yield Mistake("sample run/pipeline x", {"run/pipeline/transformer/config.json": content})
         yield Mistake("train run --resume", {"run/recipe.yaml": content or "\0"})
-        yield Mistake("encode odd --out new", {"odd/0.png": b"", "odd/metadata.jsonl": content})
+        yield Mistake("encode --size 16 odd --out new", {"odd/0.png": b"", "odd/metadata.jsonl": content})
     yield from _PLACES
 
 
@@ -254,7 +254,7 @@ encode pictures --out new --chunk-rows -5
 encode pictures --out new --max-bad 2
 encode pictures --out new --max-bad -1
 encode pictures --out new --max-bad nan
-encode pictures --out new --max-tokens 0
+encode pictures --out new --max-tokens 0 --size 16
 encode pictures --out new --max-tokens -1
 encode pictures --out new --worker 4/4
 encode pictures --out new --worker 1
@@ -444,21 +444,21 @@ _NOT_JSON: tuple[Content, ...] = (
 
 _PLACES = (
     Mistake("encode empty --out new", {"empty": None}),
-    Mistake("encode odd --out new", {"odd/0.png": b"", "odd/0.txt": "a caption"}),
-    Mistake("encode odd --out new", {"odd/0.png": b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "odd/0.txt": "x"}),
-    Mistake("encode odd --out new", {"odd/0.jpg": b"\xff\xd8\xff\xe0" + b"junk" * 9, "odd/0.txt": "x"}),
-    Mistake("encode odd --out new", {"odd/0.png": "this is text", "odd/0.txt": "x"}),
-    Mistake("encode odd --out new", {"odd/0.txt": "a caption without a picture"}),
-    Mistake("encode odd.tar --out new", {"odd.tar": b""}),
-    Mistake("encode odd.tar --out new", {"odd.tar": b"junk" * 500}),
-    Mistake("encode odd.tar --out new", {"odd.tar": None}),
-    Mistake("encode odd.parquet --out new", {"odd.parquet": b""}),
-    Mistake("encode odd.parquet --out new", {"odd.parquet": b"PAR1junkPAR1"}),
-    Mistake("encode odd --out new", {"odd/0.png": b"", "odd/metadata.csv": "a,b\n1"}),
-    Mistake("encode odd --out new", {"odd/metadata.jsonl": '{"file_name": "../../etc/passwd", "text": "x"}'}),
-    Mistake("encode odd --out new", {"odd/metadata.jsonl": '{"file_name": 5, "text": "x"}'}),
-    Mistake("encode odd --out new", {"odd/metadata.jsonl": '{"file_name": "0.png", "text": {"a": 1}}'}),
-    Mistake("encode odd --out new", {"odd/metadata.parquet": b"PAR1"}),
+    Mistake("encode --size 16 odd --out new", {"odd/0.png": b"", "odd/0.txt": "a caption"}),
+    Mistake("encode --size 16 odd --out new", {"odd/0.png": b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "odd/0.txt": "x"}),
+    Mistake("encode --size 16 odd --out new", {"odd/0.jpg": b"\xff\xd8\xff\xe0" + b"junk" * 9, "odd/0.txt": "x"}),
+    Mistake("encode --size 16 odd --out new", {"odd/0.png": "this is text", "odd/0.txt": "x"}),
+    Mistake("encode --size 16 odd --out new", {"odd/0.txt": "a caption without a picture"}),
+    Mistake("encode --size 16 odd.tar --out new", {"odd.tar": b""}),
+    Mistake("encode --size 16 odd.tar --out new", {"odd.tar": b"junk" * 500}),
+    Mistake("encode --size 16 odd.tar --out new", {"odd.tar": None}),
+    Mistake("encode --size 16 odd.parquet --out new", {"odd.parquet": b""}),
+    Mistake("encode --size 16 odd.parquet --out new", {"odd.parquet": b"PAR1junkPAR1"}),
+    Mistake("encode --size 16 odd --out new", {"odd/0.png": b"", "odd/metadata.csv": "a,b\n1"}),
+    Mistake("encode --size 16 odd --out new", {"odd/metadata.jsonl": '{"file_name": "../../etc/passwd", "text": "x"}'}),
+    Mistake("encode --size 16 odd --out new", {"odd/metadata.jsonl": '{"file_name": 5, "text": "x"}'}),
+    Mistake("encode --size 16 odd --out new", {"odd/metadata.jsonl": '{"file_name": "0.png", "text": {"a": 1}}'}),
+    Mistake("encode --size 16 odd --out new", {"odd/metadata.parquet": b"PAR1"}),
     Mistake("encode pictures --out new", {"new/something.txt": "mine"}),
     Mistake("encode pictures --out new", {"new": "a file"}),
     Mistake("encode pictures --out new/deeper", {"new": "a file"}),

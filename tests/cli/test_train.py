@@ -482,3 +482,20 @@ def test_a_read_only_folder_is_said_before_training(
     assert error.startswith("runs/new/")
     assert f"cannot be written ({os.strerror(code)}). Choose another folder" in error
     assert tree(here) == before
+
+
+def test_a_store_may_move_but_not_change_under_a_run(
+    here: Path, tiny: Path, command: Any, metrics: Any
+) -> None:
+    """Checkpoints know the hashes of what they were trained on."""
+    words = ("train", tiny, "--set", "phases.0.size=32", "--set", "train.keep=9")
+    for name in ("stays", "moves"):
+        assert command(*words, "--set", "data.store=plain", "--name", name).code == 0
+    for checkpoint in (here / "runs" / "moves" / "checkpoints").glob("[0-9]*"):
+        if int(checkpoint.name) > 192:
+            (checkpoint / "COMMITTED").unlink()
+    error = command(*words, "--set", "data.store=parted", "--name", "moves", "--resume").refused()
+    assert "was trained on other data than parted holds now" in error
+    shutil.move("plain", "elsewhere")
+    assert command(*words, "--set", "data.store=elsewhere", "--name", "moves", "--resume").code == 0
+    assert metrics(Path("runs/moves")) == metrics(Path("runs/stays"))

@@ -55,6 +55,9 @@ def make_training(
             remove_leftovers(run.root)
     world.barrier()
     saved = _newest_checkpoint(run, log, world) if resume else None
+    facts = {"store": store.identity({phase.size for phase in recipe.phases})}
+    if saved:
+        _check_facts(run, store, saved.state.get("facts", facts), facts)
     images = saved.state["progress"]["images"] if saved else 0
     network = make_network(recipe, store, recipe.phases[0])
     if recipe.init and not saved:
@@ -82,6 +85,7 @@ def make_training(
             world=world,
         ),
         world=world,
+        facts=facts,
     )
     if saved:
         training.restore(saved)
@@ -174,6 +178,15 @@ def check_claim(recipe: Recipe, run: RunFolder, resume: bool, log: Log | None = 
         )
     if log and (rounding := changed_keys(old, recipe, only=ROUNDING_KEYS)):
         log(f"From here on equal to rounding only, no longer bit for bit: {'; '.join(rounding)}.")
+
+
+def _check_facts(run: RunFolder, store: Store, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if then != now:
+        raise CheckpointError(
+            f"{run.root}: was trained on other data than {store.place} holds now (other images, or captions "
+            "added since). Resume with the store as it was, or start a new run with --name and "
+            f"`--set init={run.root}`."
+        )
 
 
 @contextmanager

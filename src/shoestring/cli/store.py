@@ -112,7 +112,7 @@ def _text_lines(opened: Store, name: str) -> Iterator[tuple[str, str]]:
     tokens = figures["tokens"] / max(1, figures["captions"])
     yield (
         "captions",
-        f"{name}: {captions:,.1f} a sample, {tokens:,.1f} tokens each (at most {limit}), {_named(of.encoder)}",
+        f"{name}: {captions:,.1f} a sample, {tokens:,.1f} tokens each of {limit}, {_named(of.encoder)}",
     )
     yield (
         "  tokens",

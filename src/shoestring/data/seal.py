@@ -121,8 +121,9 @@ def _with_additions(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         markers = Markers(out, name).all(len(manifest["chunks"]))
         if markers is None:
             continue
+        before = manifest.get("added", {}).get(name, {}).get("work", [])  # a copy of a store has no work/
         manifest = merged(manifest, name, begun)
-        manifest["added"][name] |= {**measured(markers), "work": work_of(out, name)}
+        manifest["added"][name] |= {**measured(markers), "work": work_of(out, name) or before}
         files |= {entry["path"]: entry for marker in markers for entry in marker["files"]}
         names = [addition_name(name), *(marker_name(chunk, name) for chunk in range(len(markers)))]
         records |= {each: sha256(out / each) for each in names}

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from shoestring.data.folder import Files, Folder, Progress, is_url
 from shoestring.data.integrity import Entry, Verification
-from shoestring.data.manifest import MANIFEST, check_origins, shard_name
+from shoestring.data.manifest import MANIFEST, check_origins, column_of, shard_name
 from shoestring.data.resident import Resident
 from shoestring.data.shards import Array
 from shoestring.data.splits import Rows, Split
@@ -36,6 +36,7 @@ from shoestring.data.texts import MAIN, Texts, lines_of, text_sets
 from shoestring.data.transforms import crop_corner
 from shoestring.errors import CorruptStoreError, StoreError
 from shoestring.models.autoencoders import LatentScaling, sample_latents
+from shoestring.storage import fingerprint
 
 
 class Store:
@@ -268,6 +269,16 @@ class Store:
         for each in self._texts.sets:
             parts += [each.table, each.tokens, *([each.words] if captions else [])]
         return list(dict.fromkeys(parts))
+
+    def identity(self, sizes: Iterable[int]) -> str:
+        """A hash of all that training at these sizes reads: the same for a copy at another place."""
+        read = {column for size in sizes for column in self.columns(size)}
+        files = [
+            [entry["path"], entry["sha256"]]
+            for entry in self.manifest["files"]
+            if column_of(entry["path"]) in read
+        ]
+        return fingerprint([self.manifest["splits"], sorted(files)])
 
     def rows_by_chunk(self, split: Split) -> Rows:
         """How many rows of a split each chunk holds (chunks)."""

@@ -137,6 +137,7 @@ class Training:
 
     `on_checkpoint` and `on_preview` get the count of images and the first turn's weights (averaged where
     there are averages, whole, on the CPU); they are called on the main process alone.
+    `facts` are kept in every checkpoint for the caller.
     """
 
     turns: Sequence[Turn]
@@ -149,6 +150,7 @@ class Training:
     world: World = ALONE
     on_checkpoint: Keep = lambda images, weights, ledger: None
     on_preview: Look = lambda images, weights: None
+    facts: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     emas: dict[str, EMA] = field(default_factory=dict)
     unread: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
@@ -392,6 +394,7 @@ class Training:
             "progress": asdict(self.progress),
             "ema": {name: ema.decays for name, ema in self.emas.items()},
             "ledger": self.ledger.to_json(),
+            "facts": dict(self.facts),
         }
         keep = partial(self.on_checkpoint, images, weights, state["ledger"])
         self.saver.save(images, self._tensors(), state, keep)
