@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from parts.faults_kills import Moments, Outcome, Start
-from parts.faults_processes import Ended
+from parts.faults_processes import Ended, Server
 from PIL import Image
 
 from shoestring.storage import sha256
@@ -106,6 +107,10 @@ class Training:
             for rank in range(self.processes)
         ]
 
+    def at_work(self, said: str) -> bool:
+        """The console tells of the run's images when all processes are there."""
+        return re.search(r"^ *[\d,]+ images ", said, re.MULTILINE) is not None
+
     def moments(self, folder: Path) -> Moments:
         """While something is written aside; when a checkpoint, a preview or the next phase has come."""
         run = _run(folder)
@@ -143,46 +148,58 @@ class Training:
 
 @dataclass(frozen=True)
 class Encoding:
-    """`shoestring encode` of scenes or pictures by one worker or several."""
+    """A command that writes a store in chunks, by one worker or several.
+
+    base  a folder with what it reads, copied at the start
+    out   the store's name
+    """
 
     name: str
     words: tuple[str, ...]
     workers: int = 1
-    pictures: int = 0
+    base: Path | None = None
+    out: str = "store"
     tied: bool = False
 
     def prepare(self, folder: Path) -> None:
-        """Pictures with captions, where it encodes some."""
-        if self.pictures:
-            make_pictures(folder / "pictures", self.pictures)
+        """Copy what it reads."""
+        if self.base is not None:
+            shutil.copytree(self.base, folder, dirs_exist_ok=True)
 
     @contextmanager
     def starts(self, folder: Path) -> Iterator[list[Start]]:
         """The same command each time, one a worker."""
-        yield [
-            Start(("encode", *self.words, "--out", "store", "--worker", f"{worker}/{self.workers}"))
-            for worker in range(self.workers)
-        ]
+        if self.workers == 1:
+            yield [Start(self.words)]
+        else:
+            numbers = range(self.workers)
+            yield [Start((*self.words, "--worker", f"{number}/{self.workers}")) for number in numbers]
+
+    def at_work(self, said: str) -> bool:
+        """Workers know nothing of each other."""
+        return True
 
     def moments(self, folder: Path) -> Moments:
         """While something is written aside; when a chunk is finished."""
-        store = folder / "store"
-        chunks = set(_names(store / "chunks"))
-        places = [store, store / "chunks"]
+        store = folder / self.out
+        chunks = {*_chunks(store)}
         return {
             "writing a chunk": lambda: _is_writing([*(store / "columns").glob("*")]),
-            "writing": lambda: _is_writing(places),
-            "a new chunk": lambda: not chunks.issuperset(_names(store / "chunks")),
+            "writing": lambda: _is_writing([store, store / "chunks", *(store / "chunks").glob("[!.0-9]*")]),
+            "a new chunk": lambda: not chunks.issuperset(_chunks(store)),
         }
 
     def finished(self, folder: Path) -> dict[str, tuple[int, int]]:
         """Each file of a chunk that has its marker, with its inode and the time of its last change."""
-        store = folder / "store"
-        names = []
-        for marker in (store / "chunks").glob("[0-9]*.json"):
-            entries = json.loads(marker.read_text())["files"]
-            names += [f"chunks/{marker.name}", *(entry["path"] for entry in entries)]
-        return {name: (stat.st_ino, stat.st_mtime_ns) for name in names for stat in [(store / name).stat()]}
+        store, found = folder / self.out, {}
+        for marker in _chunks(store):
+            for path in (
+                marker,
+                *(store / entry["path"] for entry in json.loads(marker.read_text())["files"]),
+            ):
+                if path.exists():  # a copy gets its files in any order
+                    found[path.relative_to(store).as_posix()] = (path.stat().st_ino, path.stat().st_mtime_ns)
+        return found
 
     def lost(self, finished: dict[str, tuple[int, int]], folder: Path, said: Sequence[Ended]) -> list[str]:
         """No file of a finished chunk may be written again."""
@@ -191,7 +208,43 @@ class Encoding:
 
     def outcome(self, folder: Path) -> Outcome:
         """The store."""
-        return files_of(folder / "store")
+        return files_of(folder / self.out)
+
+
+def make_jobs(server: Server, folder: Path) -> tuple[list[Training], list[Training], list[Encoding]]:
+    """What the benchmark kills: trainings on one process, on two, and whatever writes stores."""
+    folder.mkdir(parents=True)
+    make_pictures(folder / "pictures", 40)
+    shutil.copytree(folder, folder.with_name("encoded"))
+    ready = folder.with_name("encoded")
+    ended = server.run(("encode", "pictures", "--out", "store", "--size", "16", "--chunk-rows", "8"), ready)
+    if ended.code:
+        raise RuntimeError(f"a store cannot be made: {ended}")
+    scenes = ("--images", "48", "--held-out", "8", "--size", "16", "--size", "32", "--chunk-rows", "8")
+    pictures = ("--size", "16", "--held-out", "8", "--text-dtype", "int8", "--flip", "--chunk-rows", "8")
+    at_once, aside = ("train.async_checkpoints=false",), ("train.async_checkpoints=true",)
+    adamw, sharded = ("optimizer.kind=adamw",), ("parallel.kind=fsdp2",)
+    return (
+        [
+            Training("train", at_once),
+            Training("train, adamw, saving in the background", (*adamw, *aside)),
+        ],
+        [
+            Training("train on 2 processes, ddp, saving in the background", aside, 2),
+            Training("train on 2 processes, fsdp2", (*sharded, *at_once), 2),
+            Training(
+                "train on 2 processes, fsdp2, adamw, saving in the background", (*sharded, *adamw, *aside), 2
+            ),
+        ],
+        [
+            Encoding("encode scenes", ("encode", "scenes", "--out", "store", *scenes)),
+            Encoding(
+                "encode pictures, 2 workers", ("encode", "pictures", "--out", "store", *pictures), 2, folder
+            ),
+            Encoding("store add", ("store", "add", "store", "--size", "8"), base=ready),
+            Encoding("store copy", ("store", "copy", "store", "copy"), base=ready, out="copy"),
+        ],
+    )
 
 
 def make_pictures(folder: Path, count: int) -> None:
@@ -210,6 +263,11 @@ def _run(folder: Path) -> Path:
 def _names(folder: Path) -> list[str]:
     """Names in a folder, if it is there, but for what is written aside."""
     return [path.name for path in folder.glob("[!.]*")]
+
+
+def _chunks(store: Path) -> list[Path]:
+    """Markers of finished chunks, of additions too."""
+    return sorted((store / "chunks").rglob("[0-9]*.json"))
 
 
 def _digits(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,9 @@ class Job(Protocol):
     def starts(self, folder: Path) -> AbstractContextManager[list[Start]]:
         """The commands that begin it, or go on with it: one a process, to be run within this context."""
 
+    def at_work(self, said: str) -> bool:
+        """Whether its first process, having said this on stderr, works together with the others."""
+
     def moments(self, folder: Path) -> Moments:
         """Moments worth a kill from now on."""
 
@@ -88,16 +92,25 @@ class Tried:
 
 
 def unbroken(server: Server, job: Job, folder: Path, chance: random.Random) -> Unbroken:
-    """Run a job to its end for the clock, and once more to count its changes of the disk."""
-    seconds = _whole(server, job, folder / "timed", {})
-    traces = {number: folder / f"changes-{number}" for number in range(8)}
-    _whole(server, job, folder / "traced", traces)
-    outcome, again = (job.outcome(folder / name) for name in ("timed", "traced"))
-    if differing := differences(outcome, again):
-        raise RuntimeError(f"{job.name}: two unbroken ones differ: {differing}")
-    changes = tuple(len(trace.read_text().splitlines()) for trace in traces.values() if trace.exists())
+    """Run a job to its end without a kill, counting its changes of the disk."""
+    folder.mkdir(parents=True)
+    here = folder / "whole"
+    here.mkdir()
+    job.prepare(here)
+    began = time.monotonic()
+    with job.starts(here) as starts:
+        traces = [folder / f"changes-{number}" for number in range(len(starts))]
+        commands = [
+            server.start(start.words, here, environment=start.environment, trace=trace)
+            for start, trace in zip(starts, traces, strict=True)
+        ]
+        said = [command.wait() for command in commands]
+    if problems := _failures(said):
+        raise RuntimeError(f"{job.name} fails without a kill: {problems}")
+    seconds = time.monotonic() - began
+    changes = tuple(len(trace.read_text().splitlines()) for trace in traces)
     order = chance.sample(range(1, changes[0] + 1), changes[0])
-    return Unbroken(outcome, seconds, changes, itertools.cycle(order))
+    return Unbroken(job.outcome(here), seconds, changes, itertools.cycle(order))
 
 
 def trial(server: Server, job: Job, whole: Unbroken, folder: Path, chance: random.Random) -> Tried:
@@ -109,10 +122,10 @@ def trial(server: Server, job: Job, whole: Unbroken, folder: Path, chance: rando
     for number in range(chance.choice((1, 1, 2, 2, 3, 4))):
         aimed = [*job.moments(folder), *([BEGIN] if number else [])]
         moment = chance.choice([ANY_TIME, ANY_TIME, CHANGE, CHANGE, CHANGE, *aimed])
-        said, dying = _strike(server, job, whole, folder, moment, chance)
-        killed = any(said[each].code == KILLED for each in dying)
+        said, dying, at_work = _strike(server, job, whole, folder, moment, chance, number == 0)
+        killed = any(said[each].code == KILLED and not said[each].late for each in dying)
         tried.kills[moment] += killed
-        tried.problems += _ends(job, said, dying) if killed else _failures(said)
+        tried.problems += _ends(job, said, dying, at_work) if killed else _failures(said)
         tried.problems += job.lost(finished, folder, said)
         finished = job.finished(folder)
         tried.log.append((moment, sorted(dying), killed, finished, said))
@@ -134,33 +147,22 @@ def differences(expected: Outcome, found: Outcome) -> list[str]:
     return missing + extra + [f"{name} differs" for name in both if expected[name] != found[name]]
 
 
-def _whole(server: Server, job: Job, folder: Path, traces: Mapping[int, Path]) -> float:
-    """Run a job to its end without a kill; the seconds that it took."""
-    folder.mkdir(parents=True)
-    job.prepare(folder)
-    began = time.monotonic()
-    with job.starts(folder) as starts:
-        commands = [
-            server.start(start.words, folder, environment=start.environment, trace=traces.get(number))
-            for number, start in enumerate(starts)
-        ]
-        said = [command.wait() for command in commands]
-    if problems := _failures(said):
-        raise RuntimeError(f"{job.name} fails without a kill: {problems}")
-    return time.monotonic() - began
-
-
 def _strike(
-    server: Server, job: Job, whole: Unbroken, folder: Path, moment: str, chance: random.Random
-) -> tuple[list[Ended], set[int]]:
-    """Start a job and kill it, or some of it; how its processes ended, and which of them were to die."""
+    server: Server, job: Job, whole: Unbroken, folder: Path, moment: str, chance: random.Random, first: bool
+) -> tuple[list[Ended], set[int], bool]:
+    """Start a job and kill it, or some of it.
+
+    Returns how its processes ended, which of them were to die, and whether they were at work then.
+    """
     with job.starts(folder) as starts:
         everyone = set(range(len(starts)))
         victim = chance.choice([each for each in everyone if whole.changes[each]])
         dying = {victim} if moment == CHANGE or chance.random() < 0.3 else everyone
         change = 0
-        if moment == CHANGE:
-            change = chance.randint(1, whole.changes[victim]) if victim else next(whole.order)
+        if moment == CHANGE and first and not victim:
+            change = next(whole.order)
+        elif moment == CHANGE:
+            change = chance.randint(1, max(1, whole.changes[victim] // 2))
         commands = [
             server.start(
                 start.words,
@@ -171,15 +173,19 @@ def _strike(
             for number, start in enumerate(starts)
         ]
         if moment != CHANGE:
-            if job.tied and dying != everyone:  # before they have found each other, others wait for one
-                wait_for(commands[0].has_spoken, commands)
+            if job.tied and dying != everyone:
+                wait_for(lambda: job.at_work(commands[0].said()), commands)
             _await(job, whole, folder, moment, commands, chance)
             for each in dying:
                 commands[each].kill()
-        ends = [commands[each].ended(PATIENCE) for each in dying]
-        assert all(ends) or moment == CHANGE
+        for each in dying:
+            commands[each].ended(PATIENCE)
+        at_work = job.at_work(commands[0].said())
+        if job.tied and not at_work:  # what torchrun's agent does at once: processes that have not found
+            for command in commands:  # each other yet cannot know that they wait for a dead one
+                command.kill(signal.SIGTERM)
         patience = LEAVES if job.tied else PATIENCE
-        return [command.wait(patience) for command in commands], dying
+        return [command.wait(patience) for command in commands], dying, at_work
 
 
 def _await(
@@ -200,7 +206,7 @@ def _await(
         time.sleep(chance.choice((0.0, chance.uniform(0.0, 0.02))))
 
 
-def _ends(job: Job, said: Sequence[Ended], dying: set[int]) -> list[str]:
+def _ends(job: Job, said: Sequence[Ended], dying: set[int], at_work: bool) -> list[str]:
     """What is wrong with how those ended that were not to die."""
     left = [ended for number, ended in enumerate(said) if number not in dying]
     problems = [f"waits for ever without the killed process: {ended}" for ended in left if ended.late]
@@ -208,8 +214,10 @@ def _ends(job: Job, said: Sequence[Ended], dying: set[int]) -> list[str]:
         return problems + _failures(left)
     failed = [ended for ended in left if ended.code and not ended.late]
     lines = [line for ended in failed for line in ended.err.splitlines() if line.startswith("error: ")]
-    if failed and len(lines) != 1:
+    if at_work and failed and len(lines) != 1:
         problems.append(f"{len(lines)} lines say why it ended without the killed process: {failed}")
+    if at_work and any("Traceback" in ended.err for ended in failed):
+        problems.append(f"a traceback, though the process is not to blame: {failed}")
     return problems
 
 

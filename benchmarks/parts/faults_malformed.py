@@ -13,18 +13,15 @@ import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from parts.faults_jobs import RECIPE, make_pictures
 from parts.faults_mistakes import Content, Mistake
 from parts.faults_processes import Ended, Server
-from PIL import Image
 
 from shoestring.recipes.load import builtin_names, dump, load_recipe
 
@@ -129,7 +126,13 @@ _READ: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("half/begun.json", ("encode pictures --out half --size 16 --chunk-rows 5",)),
     ("half/chunks/*", ("encode pictures --out half --size 16 --chunk-rows 5",)),
     ("half/work/*", ("encode pictures --out half --size 16 --chunk-rows 5",)),
-    ("pictures/*", ("encode pictures --out new --size 16 --max-bad 0.5", "encode pictures --out new --size 16 --max-bad 0")),
+    (
+        "pictures/*",
+        (
+            "encode pictures --out new --size 16 --max-bad 0.5",
+            "encode pictures --out new --size 16 --max-bad 0",
+        ),
+    ),
     ("table/metadata.jsonl", ("encode table --out new --size 16 --max-bad 0.5",)),
     ("csv/metadata.csv", ("encode csv --out new --size 16 --max-bad 0.5",)),
     ("rows.parquet", ("encode rows.parquet --out new --size 16 --max-bad 0.5",)),
@@ -137,13 +140,93 @@ _READ: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Files, and commands that read them."""
 
 _JUNK = (
-    *("", " ", "null", "~", "true", "nan", "-.inf", ".nan", "1e999", "-1", "0", "-0.0", "1e-400", "0x1F", "0o7"),
-    *("[]", "{}", "[[]]", "[1, 2", "{a: 1", "{a: {b: {c: 1}}}", "'", '"', "\\", "%", "*a", "&a", "&a [*a]", "!x y"),
-    *("!!python/object/apply:os.system [ls]", "!!binary aGk=", "2024-01-01", "1:30", "1_000", "9" * 400, "[" * 999),
-    *("a\nb: c", "\t", "\0", "\x1b[31m", "\u202e", "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")),
-    *("../..", "/", "/dev/null", "~root", "$HOME", "-", "--help", "=", "==", "a=b", ".", "..", "50k", "1.5", "1e12"),
-    *("same", "fresh", "yes", "None", "ddp", "adamw", "edm", "flow", "x0", "microdit", "[a, b]", "[0.5, 0.5]"),
-    *("123456789012345678901234567890", "-9223372036854775809", "3.0000000000000001", "0.9999999999999999999"),
+    *(
+        "",
+        " ",
+        "null",
+        "~",
+        "true",
+        "nan",
+        "-.inf",
+        ".nan",
+        "1e999",
+        "-1",
+        "0",
+        "-0.0",
+        "1e-400",
+        "0x1F",
+        "0o7",
+    ),
+    *(
+        "[]",
+        "{}",
+        "[[]]",
+        "[1, 2",
+        "{a: 1",
+        "{a: {b: {c: 1}}}",
+        "'",
+        '"',
+        "\\",
+        "%",
+        "*a",
+        "&a",
+        "&a [*a]",
+        "!x y",
+    ),
+    *(
+        "!!python/object/apply:os.system [ls]",
+        "!!binary aGk=",
+        "2024-01-01",
+        "1:30",
+        "1_000",
+        "9" * 400,
+        "[" * 999,
+    ),
+    *(
+        "a\nb: c",
+        "\t",
+        "\0",
+        "\x1b[31m",
+        "\u202e",
+        "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
+    ),
+    *(
+        "../..",
+        "/",
+        "/dev/null",
+        "~root",
+        "$HOME",
+        "-",
+        "--help",
+        "=",
+        "==",
+        "a=b",
+        ".",
+        "..",
+        "50k",
+        "1.5",
+        "1e12",
+    ),
+    *(
+        "same",
+        "fresh",
+        "yes",
+        "None",
+        "ddp",
+        "adamw",
+        "edm",
+        "flow",
+        "x0",
+        "microdit",
+        "[a, b]",
+        "[0.5, 0.5]",
+    ),
+    *(
+        "123456789012345678901234567890",
+        "-9223372036854775809",
+        "3.0000000000000001",
+        "0.9999999999999999999",
+    ),
 )
 
 

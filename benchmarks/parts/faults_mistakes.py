@@ -445,8 +445,12 @@ _NOT_JSON: tuple[Content, ...] = (
 _PLACES = (
     Mistake("encode empty --out new", {"empty": None}),
     Mistake("encode --size 16 odd --out new", {"odd/0.png": b"", "odd/0.txt": "a caption"}),
-    Mistake("encode --size 16 odd --out new", {"odd/0.png": b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "odd/0.txt": "x"}),
-    Mistake("encode --size 16 odd --out new", {"odd/0.jpg": b"\xff\xd8\xff\xe0" + b"junk" * 9, "odd/0.txt": "x"}),
+    Mistake(
+        "encode --size 16 odd --out new", {"odd/0.png": b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "odd/0.txt": "x"}
+    ),
+    Mistake(
+        "encode --size 16 odd --out new", {"odd/0.jpg": b"\xff\xd8\xff\xe0" + b"junk" * 9, "odd/0.txt": "x"}
+    ),
     Mistake("encode --size 16 odd --out new", {"odd/0.png": "this is text", "odd/0.txt": "x"}),
     Mistake("encode --size 16 odd --out new", {"odd/0.txt": "a caption without a picture"}),
     Mistake("encode --size 16 odd.tar --out new", {"odd.tar": b""}),
@@ -455,9 +459,14 @@ _PLACES = (
     Mistake("encode --size 16 odd.parquet --out new", {"odd.parquet": b""}),
     Mistake("encode --size 16 odd.parquet --out new", {"odd.parquet": b"PAR1junkPAR1"}),
     Mistake("encode --size 16 odd --out new", {"odd/0.png": b"", "odd/metadata.csv": "a,b\n1"}),
-    Mistake("encode --size 16 odd --out new", {"odd/metadata.jsonl": '{"file_name": "../../etc/passwd", "text": "x"}'}),
+    Mistake(
+        "encode --size 16 odd --out new",
+        {"odd/metadata.jsonl": '{"file_name": "../../etc/passwd", "text": "x"}'},
+    ),
     Mistake("encode --size 16 odd --out new", {"odd/metadata.jsonl": '{"file_name": 5, "text": "x"}'}),
-    Mistake("encode --size 16 odd --out new", {"odd/metadata.jsonl": '{"file_name": "0.png", "text": {"a": 1}}'}),
+    Mistake(
+        "encode --size 16 odd --out new", {"odd/metadata.jsonl": '{"file_name": "0.png", "text": {"a": 1}}'}
+    ),
     Mistake("encode --size 16 odd --out new", {"odd/metadata.parquet": b"PAR1"}),
     Mistake("encode pictures --out new", {"new/something.txt": "mine"}),
     Mistake("encode pictures --out new", {"new": "a file"}),
@@ -468,7 +477,10 @@ _PLACES = (
     Mistake("convert odd.pt new", {"odd.pt": b""}),
     Mistake("convert odd.pt new", {"odd.pt": b"junk" * 99}),
     Mistake("convert odd.pt new", {"odd.pt": b"PK\x03\x04" + b"junk" * 99}),
-    Mistake("convert odd.pt new", {"odd.pt": b"\x80\x02cos\nsystem\nq\x00X\x0b\x00\x00\x00touch ownedq\x01\x85q\x02R."}),
+    Mistake(
+        "convert odd.pt new",
+        {"odd.pt": b"\x80\x02cos\nsystem\nq\x00X\x0b\x00\x00\x00touch ownedq\x01\x85q\x02R."},
+    ),
     Mistake("convert odd.safetensors new", {"odd.safetensors": b""}),
     Mistake("convert odd.safetensors new", {"odd.safetensors": b"\x02\0\0\0\0\0\0\0{}"}),
     Mistake("convert odd.safetensors new", {"odd.safetensors": b"\xff" * 8 + b"{}"}),

@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -65,10 +66,11 @@ class Command:
         self.pid = int(self._next(PATIENCE) or 0)
         self._code: int | None = None
 
-    def kill(self) -> None:
-        """Kill it, wherever it is."""
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Kill it, wherever it is, or send it another signal."""
         if not self.ended(0.0):
-            os.kill(self.pid, signal.SIGKILL)  # its keeper has not reaped it, so the number is its own
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def ended(self, seconds: float) -> bool:
         """Whether it has ended, after waiting so long for that."""
@@ -83,13 +85,13 @@ class Command:
             self.ended(PATIENCE)
         self._line.close()
         assert self._code is not None
-        return Ended(self._code, self._said("out"), self._said("err"), late)
+        return Ended(self._code, self._told_on("out"), self.said(), late)
 
-    def has_spoken(self) -> bool:
-        """Whether it has said anything yet."""
-        return bool(self._said("out") or self._said("err"))
+    def said(self) -> str:
+        """What it has said on stderr so far."""
+        return self._told_on("err")
 
-    def _said(self, stream: str) -> str:
+    def _told_on(self, stream: str) -> str:
         place = Path(f"{self._logs}.{stream}")
         return place.read_text(errors="replace") if place.exists() else ""
 

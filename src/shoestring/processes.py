@@ -86,30 +86,44 @@ class World:
 ALONE = World()
 
 
+def own_device(device: str) -> str:
+    """The device of this process: of several on a machine, each takes the GPU of its number.
+
+    Raises `RecipeError` where there are more processes than GPUs, or where one GPU is named for all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device != "auto" and not device.startswith("cuda"):
+        return device
+    if not torch.cuda.is_available():
+        return "cpu" if device == "auto" else device
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device not in ("auto", "cuda"):
+        raise RecipeError(f"device {device!r}: each process takes its own. Use --device cuda.")
+    if local >= count:
+        raise RecipeError(
+            f"process {local} of this machine has no GPU: there are {count}. "
+            f"Use torchrun --nproc-per-node {count}."
+        )
+    return f"cuda:{local}"
+
+
 @contextmanager
 def join(device: str) -> Iterator[tuple[World, str]]:
     """Join the processes that `torchrun` started, if it did; yields them and this process's device.
 
     On GPUs `auto` and `cuda` mean the one of this process's local rank; tensors on the CPU travel by gloo.
     """
+    device = own_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE, device
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
     if on_gpu:
-        if device not in ("auto", "cuda"):
-            raise RecipeError(f"device {device!r}: each process takes its own. Use --device cuda.")
-        if local >= torch.cuda.device_count():
-            raise RecipeError(
-                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
-                f"Use torchrun --nproc-per-node {torch.cuda.device_count()}."
-            )
         torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-    elif device == "auto":
-        device = "cpu"
+    _first_failure.expected = True
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
@@ -132,8 +146,7 @@ def explained(error: BaseException) -> str | None:
     if size == 1:
         return text
     rank = os.environ.get("RANK", "0")
-    spokesman = _spokesman if _spokesman is not None else "0"  # before they have joined, all fail alike
-    if rank != spokesman:
+    if _first_failure.expected and rank != _first_failure.rank:
         return None
     if isinstance(error, ShoestringError):
         return text if rank == "0" else f"process {rank}: {text}"
@@ -146,12 +159,21 @@ def explained(error: BaseException) -> str | None:
 
 
 _LOST = re.compile(r"onnection (closed|reset|refused)|[Bb]roken pipe|timed out|remote process|NCCL", re.I)
-_spokesman: str | None = None
+
+
+@dataclass
+class _FirstFailure:
+    """Which process failed first. Workers that never joined (`encode`) expect nothing of each other."""
+
+    expected: bool = False
+    rank: str = "0"
+
+
+_first_failure = _FirstFailure()
 
 
 def _claim_failure() -> None:
-    """Note which process failed first, as known to all of them."""
-    global _spokesman
+    """Learn which process failed first, or tell the others that it is this one."""
     with suppress(Exception):
         store = dist.distributed_c10d._get_default_store()
-        _spokesman = store.compare_set(_FIRST_FAILURE, "", str(dist.get_rank())).decode()
+        _first_failure.rank = store.compare_set(_FIRST_FAILURE, "", str(dist.get_rank())).decode()

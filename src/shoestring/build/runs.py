@@ -183,8 +183,8 @@ def check_claim(recipe: Recipe, run: RunFolder, resume: bool, log: Log | None = 
 def _check_facts(run: RunFolder, store: Store, then: dict[str, Any], now: dict[str, Any]) -> None:
     if then != now:
         raise CheckpointError(
-            f"{run.root}: was trained on other data than {store.place} holds now (other images, or captions "
-            "added since). Resume with the store as it was, or start a new run with --name and "
+            f"{run.root}: was trained on other data than {store.place} holds now (other images or "
+            "captions). Resume with the store as it was, or start a new run with --name and "
             f"`--set init={run.root}`."
         )
 

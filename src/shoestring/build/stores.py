@@ -29,6 +29,8 @@ def open_store(recipe: Recipe, *, device: torch.device, log: Log, world: World =
     else:
         with world.first_on_machine():
             store = scenes_store(recipe, recipe.data.scenes, Path("stores"), device, log)
+    if recipe.data.captions:
+        store = store.drawing(recipe.data.captions)
     for size in sorted({phase.size for phase in recipe.phases}):
         store.check(
             size=size,

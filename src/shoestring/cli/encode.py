@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,9 @@ def encode(
     split: Annotated[
         str | None, typer.Option(help="Split to read where a source has several. [train]")
     ] = None,
-    worker: Annotated[str, typer.Option(help="This worker of all: 0/4, 1/4, ...")] = "0/1",
+    worker: Annotated[
+        str | None, typer.Option(help="This worker of all: 0/4, 1/4, ... [torchrun's numbers; 0/1]")
+    ] = None,
     chunk_rows: Annotated[int, typer.Option(help="Rows of a chunk, the unit of work.")] = 4096,
     level: Annotated[str | None, typer.Option(help="scenes: cells or free. [cells]")] = None,
     images: Annotated[int | None, typer.Option(help="scenes: how many to train on. [60000]")] = None,
@@ -58,6 +61,7 @@ def encode(
     from shoestring.data.encode import EncodeSettings
     from shoestring.data.encode import encode as run
     from shoestring.data.sources import open_source
+    from shoestring.processes import own_device
     from shoestring.runtime import pick_device
 
     is_scenes = source == "scenes"
@@ -84,8 +88,8 @@ def encode(
         scenes=_scene_options(is_scenes, asked, held_out, settings),
     )
     begun = time.perf_counter()
-    numbers = worker_of(worker)
-    store = with_progress(partial(run, opened, out, settings, device=pick_device(device), worker=numbers))
+    numbers, place = worker_of(worker), pick_device(own_device(device))
+    store = with_progress(partial(run, opened, out, settings, device=place, worker=numbers))
     _closing_line(store, out, numbers, time.perf_counter() - begun)
 
 
@@ -105,10 +109,12 @@ def _scene_options(
     return {**given, "size": max(settings.sizes)}
 
 
-def worker_of(text: str) -> tuple[int, int]:
-    """`1/4` as (1, 4)."""
+def worker_of(text: str | None) -> tuple[int, int]:
+    """`1/4` as (1, 4); where nothing is said, this process's place among those that torchrun started."""
     from shoestring.errors import StoreError
 
+    if text is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     rank, _, count = text.partition("/")
     if not (rank.isdigit() and count.isdigit() and int(rank) < int(count)):
         raise StoreError(f"--worker {text}: give NUMBER/OF_ALL, from 0/4 to 3/4 for four workers.")

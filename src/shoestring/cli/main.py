@@ -21,7 +21,7 @@ from shoestring.errors import ShoestringError
 COMMANDS = {
     "demo": "Train a small model on a CPU in minutes, score it, write a report.",
     "encode": "Encode captioned images, or scenes, into a store.",
-    "store": "Show what a store holds (info) or check every file of it (verify).",
+    "store": "Show what a store holds (info), check it (verify), copy it, add to it (add).",
     "train": "Train a model by a recipe, or resume a run.",
     "sample": "Make pictures from prompts.",
     "evaluate": "Measure a run: exact scene accuracy, loss on held-out images.",

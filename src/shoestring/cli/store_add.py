@@ -51,12 +51,15 @@ def add(
     max_bad: Annotated[
         float | None, typer.Option(help="Share of rows that may lack the added caption. [0.05]")
     ] = None,
-    worker: Annotated[str, typer.Option(help="This worker of all: 0/4, 1/4, ...")] = "0/1",
+    worker: Annotated[
+        str | None, typer.Option(help="This worker of all: 0/4, 1/4, ... [torchrun's numbers; 0/1]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Add a size, captions or a text encoder: new columns for the same rows; nothing there is rewritten."""
     from shoestring.data.add import add as run
     from shoestring.data.store import Store
+    from shoestring.processes import own_device
     from shoestring.runtime import pick_device
 
     given: Given = {
@@ -69,7 +72,7 @@ def add(
     given |= {"autoencoder": autoencoder, "upscale": upscale, "image_column": image_column, "split": split}
     given = {option: value for option, value in (given | {"max_bad": max_bad}).items() if _is_given(value)}
     _check(given)
-    place, numbers = pick_device(device), worker_of(worker)
+    place, numbers = pick_device(own_device(device)), worker_of(worker)
     for number in given.get("size", [0]):
         store = Store.open(path)
         addition = _size(store, number, given, place) if number else _captions(store, given, place)

@@ -84,7 +84,7 @@ def add(
     check_worker(worker)
     if is_url(store.place):
         raise StoreError(
-            f"{store.place}: is not on this machine. Add to a copy in a folder (`shoestring store`)."
+            f"{store.place}: is not on this machine. Add to a copy of it (`shoestring store copy`)."
         )
     out, counts = store.path, store.manifest["chunks"]
     asked = {

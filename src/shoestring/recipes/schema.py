@@ -101,6 +101,7 @@ class Data(Section):
 
     store: Text | None = None
     scenes: Scenes | None = None
+    captions: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     window: Count | None = None
     autoencoder: Text = "pixels"
     text_encoder: Text = "hashing"
