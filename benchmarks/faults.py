@@ -2,9 +2,9 @@
 
 python benchmarks/faults.py [--tiny] [--kills 400] [--flips 1000] [--malformed 1000] [--seed 0] [--folder F]
 
-kills      training (1 and 2 processes, DDP and FSDP2, saving at once or in the background), encoding, adding to
-           a store and copying it are killed with SIGKILL one to four times, then finish. What they leave must
-           equal what an unbroken one leaves, bit for bit but for clocks; what was finished must not be lost
+kills      training (1 and 2 processes, DDP and FSDP2, saving at once or in the background), encoding, adding
+           to a store and copying it are killed with SIGKILL one to four times, then finish. What they leave
+           must equal what an unbroken one leaves, bit for bit but for clocks; nothing finished may be lost
 flips      a file of the newest checkpoint or of a store is damaged: a bit, cut, grown, emptied, deleted, or
            exchanged. It must be found and named, and the checkpoint before used to the same end
 malformed  a table of mistakes over all commands, junk under recipes' keys, and random bytes in files that

@@ -74,6 +74,7 @@ class Training:
     name: str
     sets: tuple[str, ...] = ()
     processes: int = 1
+    device: str = "cpu"
 
     @property
     def tied(self) -> bool:
@@ -88,7 +89,7 @@ class Training:
         """The same command each time, with --resume once there is something to resume."""
         resume = ("--resume",) if (_run(folder) / "recipe.yaml").is_file() else ()
         sets = [word for each in self.sets for word in ("--set", each)]
-        words = ("train", RECIPE, *sets, "--device", "cpu", *resume)
+        words = ("train", RECIPE, *sets, "--device", self.device, *resume)
         if self.processes == 1:
             yield [Start(words)]
             return

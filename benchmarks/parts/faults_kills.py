@@ -113,13 +113,15 @@ def unbroken(server: Server, job: Job, folder: Path, chance: random.Random) -> U
     return Unbroken(job.outcome(here), seconds, changes, itertools.cycle(order))
 
 
-def trial(server: Server, job: Job, whole: Unbroken, folder: Path, chance: random.Random) -> Tried:
-    """Kill a job one to four times at moments that `chance` picks, let it finish, compare."""
+def trial(
+    server: Server, job: Job, whole: Unbroken, folder: Path, chance: random.Random, most: int = 4
+) -> Tried:
+    """Kill a job one to `most` times at moments that `chance` picks, let it finish, compare."""
     tried = Tried()
     folder.mkdir(parents=True)
     job.prepare(folder)
     finished = job.finished(folder)
-    for number in range(chance.choice((1, 1, 2, 2, 3, 4))):
+    for number in range(min(most, chance.choice((1, 1, 2, 2, 3, 4)))):
         aimed = [*job.moments(folder), *([BEGIN] if number else [])]
         moment = chance.choice([ANY_TIME, ANY_TIME, CHANGE, CHANGE, CHANGE, *aimed])
         said, dying, at_work = _strike(server, job, whole, folder, moment, chance, number == 0)

@@ -21,13 +21,13 @@ from shoestring.errors import ShoestringError
 COMMANDS = {
     "demo": "Train a small model on a CPU in minutes, score it, write a report.",
     "encode": "Encode captioned images, or scenes, into a store.",
-    "store": "Show what a store holds (info), check it (verify), copy it, add to it (add).",
+    "store": "Show a store (info), check it (verify), copy it, add to it.",
     "train": "Train a model by a recipe, or resume a run.",
     "sample": "Make pictures from prompts.",
     "evaluate": "Measure a run: exact scene accuracy, loss on held-out images.",
     "report": "Write a run's report.html: curves, pictures, scores, cost.",
-    "compare": "Compare runs: curves, what differs, scores and cost, in one HTML file.",
-    "convert": "Turn a published MicroDiT checkpoint into a pipeline folder, or back.",
+    "compare": "Compare runs: curves, differences, scores, cost: compare.html.",
+    "convert": "A published MicroDiT checkpoint to a pipeline folder, or back.",
     "recipes": "List the built-in recipes, or print one resolved.",
 }
 """Each command in its own module of this folder, as a function (or a group of subcommands) of its name."""
