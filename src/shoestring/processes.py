@@ -114,26 +114,29 @@ def join(device: str) -> Iterator[tuple[World, str]]:
 
     On GPUs `auto` and `cuda` mean the one of this process's local rank; tensors on the CPU travel by gloo.
     """
-    device = own_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE, device
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(local)
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     _first_failure.expected = True
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        yield World(rank, size, local), device
+        device = own_device(device)
+        if on_gpu:
+            torch.cuda.set_device(torch.device(device))
+        yield World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0"))), device
     except BaseException:
         _claim_failure()  # while this process can still be heard
+        if not on_gpu:  # NCCL would wait for the others' part in what has failed; leaving closes it too
+            _leave()
         raise
-    finally:
-        with suppress(Exception):  # peers may be gone already
-            dist.destroy_process_group()
+    _leave()
+
+
+def _leave() -> None:
+    with suppress(Exception):  # peers may be gone already
+        dist.destroy_process_group()
 
 
 def explained(error: BaseException) -> str | None:
@@ -146,7 +149,7 @@ def explained(error: BaseException) -> str | None:
     if size == 1:
         return text
     rank = os.environ.get("RANK", "0")
-    if _first_failure.expected and rank != _first_failure.rank:
+    if _first_failure.expected and _first_failure.rank not in (None, rank):
         return None
     if isinstance(error, ShoestringError):
         return text if rank == "0" else f"process {rank}: {text}"
@@ -158,15 +161,15 @@ def explained(error: BaseException) -> str | None:
     return f"process {rank} of {size}: {type(error).__name__}: {text}"
 
 
-_LOST = re.compile(r"onnection (closed|reset|refused)|[Bb]roken pipe|timed out|remote process|NCCL", re.I)
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|remote process", re.I)
 
 
 @dataclass
 class _FirstFailure:
-    """Which process failed first. Workers that never joined (`encode`) expect nothing of each other."""
+    """Which process failed first, None where that cannot be asked. Workers of `encode` never join."""
 
     expected: bool = False
-    rank: str = "0"
+    rank: str | None = None
 
 
 _first_failure = _FirstFailure()
@@ -176,4 +179,5 @@ def _claim_failure() -> None:
     """Learn which process failed first, or tell the others that it is this one."""
     with suppress(Exception):
         store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=20))  # its machine may be the one that is gone
         _first_failure.rank = store.compare_set(_FIRST_FAILURE, "", str(dist.get_rank())).decode()

@@ -90,7 +90,8 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 @contextmanager
@@ -177,7 +178,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The JSON value in `path`; raises `OSError` or `ValueError` as the standard library does."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The JSON value in `text`; raises `ValueError` for anything else, endless brackets included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def crc32(path: Path) -> int:

@@ -148,6 +148,33 @@ def test_one_process_that_fails_ends_all_and_alone_says_why(
     assert "Traceback" not in done[0].stderr + done[1].stderr
 
 
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_is_missed_in_one_line(
+    launch: Launch, tiny: Path, tmp_path: Path, victim: int
+) -> None:
+    """Also where the first one goes, which the others would ask who failed first."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from shoestring.cli.main import main\n"
+        "from shoestring.training.loop import Training\n"
+        "step = Training.step\n"
+        "def dying(self, phase, batch):\n"
+        f"    if self.world.rank == {victim} and self.progress.images >= 120:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, phase, batch)\n"
+        "Training.step = dying\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = launch(2, script, *words(tiny, "--set", "train.async_checkpoints=true", sets=())[2:], cwd=tmp_path)
+    assert done[victim].returncode == -signal.SIGKILL
+    other = done[1 - victim]
+    said = [line for line in other.stderr.splitlines() if line.startswith("error:")]
+    assert other.returncode == 1
+    assert len(said) == 1
+    assert f"process {1 - victim} of 2 lost another one, which was killed" in said[0]
+
+
 @pytest.mark.slow
 def test_torchrun_trains_stops_on_a_signal_and_goes_on(
     tiny: Path, tmp_path: Path, metrics: Callable[[Path], Any]

@@ -333,3 +333,20 @@ def test_wrong_limits_and_pads_are_refused(clip: Path) -> None:
 def test_a_missing_text_encoder_says_what_may_be_given(name: str) -> None:
     with pytest.raises(RecipeError, match=r"Give a folder .* or hashing"):
         load_text_encoder(name)
+
+
+def test_no_code_of_a_repository_is_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself, transformers asks on the console, and runs it for a `y`."""
+    written = tmp_path / "written"
+    (tmp_path / "evil.py").write_text(
+        f"open({str(written)!r}, 'w')\n"
+        "from transformers import PretrainedConfig\n"
+        "class Evil(PretrainedConfig):\n    model_type = 'evil'\n"
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    with pytest.raises(RecipeError, match="no text model there"):
+        load_text_encoder(str(tmp_path))
+    assert not written.exists()

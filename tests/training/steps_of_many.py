@@ -18,6 +18,7 @@ from shoestring.storage import RunFolder, write_json
 from shoestring.training.checkpoint import Saver
 from shoestring.training.loop import LoopSettings, Training
 from shoestring.training.parallel import gathered
+from shoestring.training.progress import LEVELS
 from shoestring.training.tracking import Trackers
 
 STEPS = 20
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def steps(recipe_path: str, variant: str, world: World) -> dict[str, object]:
-    """Losses, gradient norms, image positions and a digest of the final weights."""
+    """Losses, gradient norms, image positions, images by noise level, and the sizes of the final weights."""
     recipe = load_recipe(recipe_path, [] if variant == "-" else variant.split(","))
     store = build.open_store(recipe, device=CPU, log=lambda text: None, world=world)
     phase = recipe.phases[0]
@@ -38,18 +39,19 @@ def steps(recipe_path: str, variant: str, world: World) -> dict[str, object]:
     training = Training([turn], [plan], RunFolder(Path("none")), Trackers([]), settings, ledger, saver, world)
     plan.enter()
     batches = plan.batches(0)
-    losses, norms, seen = [], [], []
+    losses, norms, seen, levels = [], [], [], []
     for _ in range(STEPS):
         batch = next(batches)
         seen.append([int(i) for part in world.gather(batch.index.tolist()) for i in part])
         figures, norm = training.step(plan, batch)
         losses.append(figures[0].item() / phase.batch)
         norms.append(norm.item())
+        levels.append(figures[1 + len(LEVELS) :].tolist())
         training.progress.phase_images += phase.batch
     batches.close()
     weights = gathered(objective.trained.state_dict(), world)
     shares = {name: tensor.double().abs().sum().item() for name, tensor in weights.items()}
-    return {"losses": losses, "norms": norms, "seen": seen, "weights": shares}
+    return {"losses": losses, "norms": norms, "seen": seen, "levels": levels, "weights": shares}
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ LOSS_BATCH = 64
 class Exhibit:
     """A copy of the network with the run's weights (or their averages), to look at and to export.
 
-    On the main process alone, on the CPU between looks. It is never compiled, sharded or trained, so that
-    looking leaves the training as it is. A checkpoint's thread may export while another looks: one waits.
+    On the main process alone, without weights between looks. It is never compiled, sharded or trained, so
+    that looking leaves the training as it is. A checkpoint's thread may export while another looks: one
+    of them waits.
     """
 
     def __init__(self, recipe: Recipe, store: Store, run: RunFolder) -> None:
@@ -53,6 +54,7 @@ class Exhibit:
         with self.busy:
             self._take(images, weights)
             export(self.pipeline, self.run.pipeline)
+            self._let_go()
 
     def look(self, images: int, weights: dict[str, Tensor], device: torch.device) -> list[Record]:
         """Write pictures; a record of them, and one of the loss on held-out images where there are any."""
@@ -63,7 +65,7 @@ class Exhibit:
             for encoder in (self.pipeline.vae, self.pipeline.text_encoder):  # needed for pictures alone
                 encoder.to("cpu")
             held_out = list(self._held_out(images, phase, device))
-            self.pipeline.to("cpu")
+            self._let_go()
         file = path.relative_to(self.run.root).as_posix()
         return [{"kind": "preview", "images": images, "file": file}, *held_out]
 
@@ -73,6 +75,10 @@ class Exhibit:
         phase = self.recipe.phase_after(images)
         enter_phase(self.recipe, phase, self.store, self.objective)
         return phase
+
+    def _let_go(self) -> None:
+        """Hold no weights from look to look."""
+        self.objective.trained.to_empty(device="meta")
 
     def _held_out(self, images: int, phase: Phase, device: torch.device) -> Iterator[Record]:
         split = next((name for name in self.store.splits if name != "train"), None)

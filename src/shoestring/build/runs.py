@@ -20,7 +20,7 @@ from shoestring.build.networks import (
 from shoestring.build.phases import plan_phases
 from shoestring.cost.ledger import Ledger
 from shoestring.data.store import Store
-from shoestring.errors import CheckpointError, RecipeError
+from shoestring.errors import CheckpointError, RecipeError, StoreError
 from shoestring.interfaces import Log
 from shoestring.processes import ALONE, World
 from shoestring.recipes.load import changed_keys, dump, load_recipe
@@ -49,6 +49,8 @@ def make_training(
 
     With several processes each calls it and gets its part; the main one alone writes into the run's folder.
     """
+    if not world.is_main:
+        log = _silent
     if world.is_main:
         check_claim(recipe, run, resume, log)
         if resume:
@@ -56,6 +58,8 @@ def make_training(
     world.barrier()
     saved = _newest_checkpoint(run, log, world) if resume else None
     facts = {"store": store.identity({phase.size for phase in recipe.phases})}
+    if len(set(world.gather(facts["store"]))) > 1:
+        raise StoreError(f"{store.place}: changed while the processes opened it. Start again.")
     if saved:
         _check_facts(run, store, saved.state.get("facts", facts), facts)
     images = saved.state["progress"]["images"] if saved else 0
@@ -65,6 +69,7 @@ def make_training(
     dtype = pick_dtype(recipe.train.dtype, device)
     ledger = _ledger(recipe, network, device, dtype, world)
     if saved:
+        _tell_what_moved(saved.state["ledger"], ledger, log)
         ledger.restore(saved.state["ledger"])
     objective = make_objective(recipe, network)
     turn = make_turn(recipe, objective, device=device, dtype=dtype, world=world)
@@ -74,7 +79,7 @@ def make_training(
         turns=[turn],
         phases=plan_phases(recipe, store, objective, ledger, world),
         run=run,
-        trackers=_trackers(recipe, run, images) if world.is_main else Trackers([]),
+        trackers=Trackers([]),
         settings=LoopSettings(device, dtype, **train.model_dump(include=set(counts))),
         ledger=ledger,
         saver=Saver(
@@ -91,6 +96,7 @@ def make_training(
         training.restore(saved)
     if world.is_main:
         checkpoint.drop_newer(run.checkpoints, images)
+        training.trackers = _trackers(recipe, run, images)
         _show(training, Exhibit(recipe, store, run))
         write_text(run.recipe, dump(recipe))
     return training
@@ -204,6 +210,21 @@ def _newest_checkpoint(run: RunFolder, log: Log, world: World) -> checkpoint.Che
     else:
         log(f"Resuming {run.root} after {saved.state['progress']['images']:,} images.")
     return saved
+
+
+def _tell_what_moved(then: dict[str, Any], now: Ledger, log: Log) -> None:
+    names = ("processes", "threads", "device", "dtype", "hardware")
+    moved = [
+        f"{name} {then[name]} -> {getattr(now, name)}"
+        for name in names
+        if then.get(name, 1) != getattr(now, name)
+    ]
+    if moved:
+        log(f"From here on equal to rounding only, no longer bit for bit: {', '.join(moved)}.")
+
+
+def _silent(text: str) -> None:
+    """What other processes than the main one say."""
 
 
 def _show(training: Training, exhibit: Exhibit) -> None:

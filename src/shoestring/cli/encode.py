@@ -134,7 +134,9 @@ def with_progress(run: Callable[..., Store | None]) -> Store | None:
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    first = os.environ.get("RANK", "0") == "0"  # of the workers that torchrun started
+    hidden = not (console.is_terminal and first)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("encoding", total=None, of="", speed="")
 
         def progress(done: int, total: int | None) -> None:

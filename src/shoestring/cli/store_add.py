@@ -73,9 +73,9 @@ def add(
     given = {option: value for option, value in (given | {"max_bad": max_bad}).items() if _is_given(value)}
     _check(given)
     place, numbers = pick_device(own_device(device)), worker_of(worker)
-    for number in given.get("size", [0]):
+    for number in given.get("size", [None]):
         store = Store.open(path)
-        addition = _size(store, number, given, place) if number else _captions(store, given, place)
+        addition = _captions(store, given, place) if number is None else _size(store, number, given, place)
         grown = with_progress(partial(run, store, addition, device=place, worker=numbers))
         _closing_line(grown, path, addition)
 
@@ -117,7 +117,10 @@ def _option(name: str) -> str:
 def _size(store: Store, size: int, given: Given, device: torch.device) -> Addition:
     from shoestring.data.add import SizeAddition
     from shoestring.data.encoders import ImageEncoder
+    from shoestring.errors import StoreError
 
+    if size < 1:
+        raise StoreError(f"--size {size}: give a size in pixels, such as --size 32.")
     place = given.get("autoencoder") or _full_name(store.manifest["autoencoder"])
     image = ImageEncoder.load(place, device=device, log_variance=store.has_log_variance)
     source = _source(store, given, size=size)

@@ -82,6 +82,8 @@ def _train(recipe: Recipe, folder: Path, device: str, resume: bool, world: World
         if training.finished:
             if world.is_main:
                 typer.echo(f"{folder} is finished: {images:,} images.")
+                if not run.report.is_file():  # it was killed just before
+                    write_report(run)
             return True
         finished = training.train()
         images = training.progress.images

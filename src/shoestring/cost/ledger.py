@@ -21,6 +21,7 @@ class PhaseCost:
     steps: int = 0
     flops: float = 0.0
     seconds: float = 0.0
+    process_seconds: float = 0.0  # `seconds` of each process added up: GPU-hours, times 3,600
     data_wait_seconds: float = 0.0
     peak_memory_bytes: int = 0
 
@@ -64,7 +65,7 @@ class Ledger:
         """Everything, with the totals."""
         total = {
             name: sum(getattr(entry, name) for entry in self.phases)
-            for name in ("images", "steps", "flops", "seconds", "data_wait_seconds")
+            for name in ("images", "steps", "flops", "seconds", "process_seconds", "data_wait_seconds")
         }
         peak = max((entry.peak_memory_bytes for entry in self.phases), default=0)
         return {**asdict(self), "total": {**total, "peak_memory_bytes": peak}}

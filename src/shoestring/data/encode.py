@@ -185,6 +185,8 @@ class _Job:
 
     def begin(self) -> None:
         """Write down what this store is made of, or compare with what is there."""
+        with writing_to(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
         text = self.encoders.text
         self.begun = begin(
             self.out,
@@ -347,6 +349,6 @@ def _check_place(out: Path) -> None:
         if out.exists() and not out.is_dir():
             raise StoreError(f"{out}: is a file. Give a folder for the store.")
         is_store = (out / BEGUN).is_file() or (out / "chunks").is_dir()
-        if out.is_dir() and any(out.iterdir()) and not is_store:
+        there = list(out.iterdir()) if out.is_dir() else []
+        if any(path.suffix != ".partial" for path in there) and not is_store:  # those: killed as it began
             raise StoreError(f"{out}: holds other files and is not a store. Give a new or an empty folder.")
-        out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.errors import CorruptStoreError, StoreError
-from shoestring.storage import fingerprint, sha256
+from shoestring.storage import fingerprint, parse_json, read_json, sha256
 
 FORMAT = 2  # adds to 1: checksums of the manifest and the records, int8 text, columns added later
 MANIFEST = "manifest.json"
@@ -100,7 +100,7 @@ def signature_holds(value: Mapping[str, Any], *, needed: bool = True) -> bool:
 def parse_manifest(text: bytes, place: str, cure: str) -> dict[str, Any]:
     """The manifest that a file holds; raises `StoreError` with `cure` for a damaged, edited or newer one."""
     try:
-        manifest = json.loads(text)
+        manifest = parse_json(text)
         version = int(manifest["format"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptStoreError(f"{place}/{MANIFEST}: cannot be read ({_brief(error)}). {cure}") from error
@@ -120,7 +120,7 @@ def read_begun(store: Path, addition: str = "") -> dict[str, Any]:
     remove = f"rm -f {shlex.quote(str(path))} {shlex.quote(str(store / MANIFEST)) * (not addition)}".rstrip()
     cure = f"Run the same `shoestring {words}` again, which keeps finished chunks, after: {remove}"
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = read_json(path)
         version = int(begun["format"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptStoreError(f"{path}: cannot be read ({_brief(error)}). {cure}") from error
@@ -203,7 +203,7 @@ def _newer(place: str, made: Mapping[str, Any]) -> str:
 
 def _command_of(path: Path) -> str:
     try:
-        command = json.loads((path / BEGUN).read_text(encoding="utf-8"))["command"]
+        command = read_json(path / BEGUN)["command"]
     except (OSError, ValueError, KeyError, TypeError):
         command = "shoestring encode SOURCE"
     return f"{command} --out {shlex.quote(str(path))}"

@@ -414,6 +414,8 @@ class ScenesSource:
                 f"scenes: images {self.images} and held_out {self.held_out} are out of range. "
                 "Use at least 1 image and 0 or more held out."
             )
+        if self.seed < 0:
+            raise SourceError(f"scenes: seed {self.seed} is out of range. Use 0 or more.")
         if not 1 <= self.captions_per_image <= 4:
             raise SourceError(
                 f"scenes: captions_per_image {self.captions_per_image} is out of range. Use 1 to 4."

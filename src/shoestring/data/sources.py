@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from shoestring.data.rows import (
     pick_caption_columns,
 )
 from shoestring.errors import SourceError
+from shoestring.storage import parse_json
 
 __all__ = ["FolderSource", "Row", "SceneRows", "Source", "open_source"]
 
@@ -79,6 +79,8 @@ def _open(
         from shoestring.data.scenes import ScenesSource
 
         return SceneRows(ScenesSource(**(scenes or {})))
+    if not spec:
+        raise SourceError(f"no source was named. A source is {SUPPORTED}.")
     path = Path(spec).expanduser()
     if any(sign in spec for sign in "*?[") and not path.exists():
         files = sorted(Path(each) for each in glob.glob(str(path), recursive=True))
@@ -238,7 +240,7 @@ def _json_records(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise SourceError(f"{path}, line {number}: not JSON ({error}). Correct this line.") from None
         if not isinstance(record, dict):

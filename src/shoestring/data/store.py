@@ -68,8 +68,8 @@ class Store:
             files: Folder | Remote = Remote.open(str(path), cache)
         else:
             files = Folder.open(Path(path))
-        check_origins(files.place, files.manifest, files.manifest["files"])
         try:
+            check_origins(files.place, files.manifest, files.manifest["files"])
             return cls(files, files.manifest)
         except (KeyError, ValueError, TypeError) as error:  # format 1 has no checksum of its own
             cure = files.mend_manifest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from shoestring.data.rows import (
     files_fingerprint,
 )
 from shoestring.errors import SourceError
+from shoestring.storage import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class TarSource(SequentialSource):
         if "json" not in sample.parts:
             return ()
         try:
-            record = json.loads(read("json"))
+            record = parse_json(read("json"))
         except ValueError:
             return ()
         names = self.caption_columns or [name for name in CAPTION_COLUMNS if name in record][:1]

@@ -295,7 +295,9 @@ def _load_transformers(path_or_id: str, revision: str | None) -> tuple[nn.Module
     problem: Exception | None = None
     for model_folder, tokenizer_folder in (("", ""), ("text_encoder", "tokenizer")):
         try:
-            config = AutoConfig.from_pretrained(path_or_id, subfolder=model_folder, revision=revision)
+            config = AutoConfig.from_pretrained(
+                path_or_id, subfolder=model_folder, revision=revision, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             problem = problem or error
             continue
@@ -321,6 +323,7 @@ def _load_model(path_or_id: str, config: Any, subfolder: str, revision: str | No
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(
@@ -368,7 +371,9 @@ def _load_tokenizer(path_or_id: str, subfolder: str, revision: str | None) -> An
         if not found:
             raise OSError(f"none of {', '.join(_SUFFICIENT)} is in {folder}")
         with muted("transformers.tokenization_utils_tokenizers"):  # what it lacks is told below
-            tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder=subfolder, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path_or_id, subfolder=subfolder, revision=revision, trust_remote_code=False
+            )
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise RecipeError(f"text encoder {path_or_id}: {_why_no_tokenizer(error)}") from error
     if tokenizer.pad_token is None:

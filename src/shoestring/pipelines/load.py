@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError
 
 from shoestring.errors import CheckpointError
 from shoestring.models.quiet import muted, no_bars
 from shoestring.pipelines.microdit import MicroDiTPipeline
-from shoestring.storage import RunFolder
+from shoestring.storage import RunFolder, read_json
 
 _INDEX = "model_index.json"
 _OURS = {"MicroDiTPipeline": MicroDiTPipeline}
@@ -42,20 +40,20 @@ def load(path_or_id: str | Path, **kwargs: Any) -> DiffusionPipeline:
     if not index.is_file():
         raise CheckpointError(f"{name}: no pipeline here (no {_INDEX}). Give a run or a pipeline folder.")
     try:
-        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
+        class_name = read_json(index)["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: cannot be read ({error}). Export or download it again.") from error
-    pipeline_class = _OURS.get(class_name, DiffusionPipeline)
+    pipeline_class = _OURS.get(str(class_name), DiffusionPipeline)
     kwargs.setdefault("dtype", torch.float32)
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # else diffusers warns at each part
     try:
         # diffusers writes into the tiny autoencoder's configuration what it then warns of when reading it.
         with no_bars(), muted("diffusers.configuration_utils", about="AutoencoderTiny"):
             return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # diffusers raises all kinds for files that are not what they should be
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{name}: a part of the pipeline is missing or damaged ({str(error).splitlines()[0]}). "
-            "Export or download it again."
+            f"{name}: a part of the pipeline is missing or damaged ({reason}). Export or download it again."
         ) from error
 
 

@@ -59,6 +59,8 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction {prediction!r}: unknown. Use {', '.join(PREDICTIONS)}.")
+        if prediction == "edm" and not hasattr(scheduler, "scale_model_input"):
+            raise ValueError(f"prediction 'edm' needs an EDM scheduler, not {type(scheduler).__name__}.")
         self.register_modules(
             transformer=transformer,
             vae=vae,

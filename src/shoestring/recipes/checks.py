@@ -186,7 +186,12 @@ def _mask_problems(recipe: Recipe) -> Problems:
                 if batches == 1:
                     few, cure = "one batch", "Give one number."
                 yield f"{where}.steps", f"{ramp.steps} ratios, but the phase has {few}. {cure}"
-        if recipe.data.autoencoder == "pixels" and phase.size % recipe.model.patch_size == 0:
+        if recipe.data.autoencoder == "pixels":
+            patch, size = recipe.model.patch_size, phase.size
+            if size % patch:
+                told = f"{patch} does not divide the {size} x {size} latents of {size} px"
+                yield "model.patch_size", f"{told}. Use a size that is a multiple."
+                continue
             num_patches = (phase.size // recipe.model.patch_size) ** 2
             if problem := mask_problem(recipe.model, phase, num_patches):
                 yield where, problem

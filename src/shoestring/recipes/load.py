@@ -10,6 +10,7 @@ from item numbers (`phases: {0: {images: 1k}}`); a section that gets another `ki
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -216,7 +217,7 @@ def _builtin(name: str) -> str:
 
 def _parsed(text: str, label: str) -> dict[str, Any]:
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = _loaded(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -225,6 +226,17 @@ def _parsed(text: str, label: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{label}: must be a mapping of keys such as data, model and phases.")
     return values
+
+
+def _loaded(text: str) -> Any:
+    """The value of a YAML text; raises `yaml.YAMLError` for one that is none, has no end, or holds itself."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str, skipkeys=True)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise yaml.MarkedYAMLError(problem=reason) from None
+    return value
 
 
 def _assignments(sets: Sequence[str]) -> dict[str, Any]:
@@ -245,7 +257,7 @@ def _assignments(sets: Sequence[str]) -> dict[str, Any]:
             if not isinstance(place, dict):
                 raise RecipeError(f"--set {assignment}: {part} was given a value by an earlier --set.")
         try:
-            place[last] = yaml.load(text, Loader=_Loader)
+            place[last] = _loaded(text)
         except yaml.YAMLError:
             raise RecipeError(f"--set {assignment}: {text!r} is not valid YAML. Quote it.") from None
     return layer

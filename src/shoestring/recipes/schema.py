@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from shoestring.recipes.checks import problems
 
 _COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmb]?)", re.IGNORECASE)
+_MOST_IMAGES = 10**15
 _FACTOR = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
@@ -34,10 +35,11 @@ def parse_images(value: Any) -> int:
     match = (
         _COUNT.fullmatch(str(value).strip()) if isinstance(value, (int, float, str)) else None
     )  # "True" is no match
-    count = Decimal(match[1]) * _FACTOR[match[2].lower()] if match else Decimal("0.5")
-    if count != int(count):
-        raise ValueError("must be a whole number of images, such as 50000, 50k or 5.12M")
-    return int(count)
+    if match and Decimal(match[1]) <= _MOST_IMAGES:  # int(1e999999999) would not come to an end
+        count = Decimal(match[1]) * _FACTOR[match[2].lower()]
+        if count == int(count):
+            return int(count)
+    raise ValueError("must be a whole number of images, such as 50000, 50k or 5.12M")
 
 
 def _no_bool(value: Any) -> Any:

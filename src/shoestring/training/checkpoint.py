@@ -193,6 +193,12 @@ class Saver:
         if writing is not None:
             writing.result()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background has failed already; `wait` raises with what."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
     def close(self) -> None:
         """Finish what is being written and free the copies. Raises nothing: `wait` does, and goes before."""
         with suppress(Exception):
@@ -299,8 +305,13 @@ def _problem(path: Path, world: World) -> str | None:
                 raise _Unusable(f"{name} is damaged (sha256 differs)")
     except _Unusable as reason:
         return str(reason)
-    except OSError as error:
-        return f"{error.filename or 'it'} cannot be read ({error.strerror})"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except OSError as error:  # it may be read again in a minute, so it must not count as damaged and go
+        raise CheckpointError(
+            f"{error.filename or path}: cannot be read ({error.strerror}). Try again, or move {path} away to "
+            "go on from the checkpoint before."
+        ) from error
     return None
 
 

@@ -16,7 +16,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from shoestring.errors import TrainingDiverged
+from shoestring.errors import ShoestringError, TrainingDiverged
 from shoestring.interfaces import Batch, Loss, Objective
 from shoestring.processes import ALONE, World
 from shoestring.runtime import PeakMemory, autocast
@@ -69,6 +69,7 @@ class Cost(Protocol):
     steps: int
     flops: float
     seconds: float
+    process_seconds: float
     data_wait_seconds: float
     peak_memory_bytes: int
 
@@ -217,8 +218,10 @@ class Training:
                 cost = phase.cost()
                 cost.peak_memory_bytes = max(cost.peak_memory_bytes, memory.bytes())
                 self._log_if_due(phase)
-                self._preview_if_due(count)
-                if self.world.any(stop_asked()):
+                if self._preview_if_due(count):
+                    memory.reset()
+                # All or none: a process that went on alone would wait for the others for ever.
+                if self.world.any(stop_asked() or self.saver.failed):
                     self.save()
                     return False
                 if progress.phase_images < phase.images and self._due("checkpoint_every", count):
@@ -233,18 +236,22 @@ class Training:
         """
         done: list[tuple[Tensor, Tensor]] = []
         phase.advance(self.progress.phase_images)
-        for turn in self.turns:
-            if self.progress.images < turn.start or self.progress.step % turn.every:
-                continue
+        for turn in self._due_turns():
             turn.optimizers.set_lr(phase.lr(self.progress.phase_images))
             turn.optimizers.zero_grad()
             figures = self._backward(phase, turn, batch)
-            limit = math.inf if phase.grad_clip is None else phase.grad_clip
-            norm = torch.nn.utils.clip_grad_norm_(turn.optimizers.parameters(), limit)
+            norm = _clip(list(turn.optimizers.parameters()), phase.grad_clip)
             turn.optimizers.step()
             turn.objective.after_step()
-            done.append((figures, whole(norm)))
+            done.append((figures, norm))
         return done[0]
+
+    def _due_turns(self) -> list[Turn]:
+        """The turns of this step; there must be one."""
+        images, step = self.progress.images, self.progress.step
+        due = [turn for turn in self.turns if images >= turn.start and step % turn.every == 0]
+        assert due, "every step has a turn"
+        return due
 
     def _backward(self, phase: PhasePlan, turn: Turn, batch: Batch) -> Tensor:
         """Gradients of the mean loss over the global batch, in passes of a microbatch each."""
@@ -265,7 +272,7 @@ class Training:
         return world.sum(total)
 
     def _average(self, phase: PhasePlan) -> None:
-        for turn in self.turns:
+        for turn in self._due_turns():
             if turn.name in self.emas:
                 self.emas[turn.name].update()
             elif phase.ema_decays and self.progress.phase_images >= phase.ema_start:
@@ -285,6 +292,7 @@ class Training:
         cost.images += count
         cost.steps += 1
         cost.seconds += seconds
+        cost.process_seconds += seconds * self.world.size
         cost.data_wait_seconds += waited
 
     def _read(self) -> None:
@@ -357,8 +365,9 @@ class Training:
         progress.windows += 1
 
     def _diverged(self, what: str) -> str:
-        self.saver.wait()
-        kept = checkpoint.newest(self.run.checkpoints, self._event)
+        with suppress(ShoestringError):
+            self.saver.wait()
+        kept = checkpoint.newest(self.run.checkpoints, self._event) if self.world.is_main else None
         root = self.run.root
         advice = (
             f"The last good checkpoint is kept: {kept.path}. Start from it at a lower rate with "
@@ -368,13 +377,15 @@ class Training:
         )
         return f"Training stopped after {self.progress.images:,} images: {what}. {advice}"
 
-    def _preview_if_due(self, last_batch: int) -> None:
-        if self._due("preview_every", last_batch):
-            started = time.perf_counter()
-            weights = self.weights()
-            if self.world.is_main:
-                self.on_preview(self.progress.images, weights)
-            self.ledger.spend("preview_seconds", time.perf_counter() - started)
+    def _preview_if_due(self, last_batch: int) -> bool:
+        if not self._due("preview_every", last_batch):
+            return False
+        started = time.perf_counter()
+        weights = self.weights()
+        if self.world.is_main:
+            self.on_preview(self.progress.images, weights)
+        self.ledger.spend("preview_seconds", time.perf_counter() - started)
+        return True
 
     def _event(self, text: str) -> None:
         self.trackers.log({"kind": "event", "images": self.progress.images, "text": text})
@@ -389,6 +400,7 @@ class Training:
         started = time.perf_counter()
         self._read()
         self._check_finite()
+        self.saver.wait()  # so that two gathered copies of the weights are never held
         images, weights = self.progress.images, self.weights()
         state = {
             "progress": asdict(self.progress),
@@ -419,6 +431,15 @@ class Training:
             if turn.name in self.emas:
                 tensors |= _prefixed(f"ema/{turn.name}/", self.emas[turn.name].state())
         return tensors
+
+
+def _clip(parameters: Sequence[Tensor], limit: float | None) -> Tensor:
+    """The norm of all gradients together, which are scaled down to `limit` where they exceed it."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return whole(norm)
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,7 +57,7 @@ def distribute(
         objective.to(device)
         # Unused parameters are looked for only because DDP then keeps its buckets as they are: it otherwise
         # reorders them after the first step, and a resumed run's first step would sum in another order.
-        return DistributedDataParallel(objective, find_unused_parameters=True)
+        return DistributedDataParallel(objective, find_unused_parameters=True, gradient_as_bucket_view=True)
     mesh = _mesh(settings, world, device)
     policy = MixedPrecisionPolicy(
         param_dtype=None if settings.gather_dtype == torch.float32 else settings.gather_dtype,
@@ -85,12 +85,12 @@ def blocks(part: nn.Module) -> Iterator[nn.Module]:
 
 
 def set_gradient_sync(caller: nn.Module, on: bool) -> None:
-    """Whether the next backward pass sums gradients over the processes: only a step's last one need do so."""
+    """Whether the next backward pass sums gradients over the processes: only a step's last one need do so.
+
+    FSDP2 sums in every pass, or each process would hold whole gradients from pass to pass.
+    """
     if isinstance(caller, DistributedDataParallel):
         caller.require_backward_grad_sync = on
-    for module in caller.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(on, recurse=False)
 
 
 def whole(tensor: Tensor) -> Tensor:

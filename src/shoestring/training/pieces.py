@@ -112,7 +112,6 @@ def write(folder: Path, pieces: Sequence[Piece], rank: int) -> dict[str, str]:
             "format": "pt",
         }
         save_file(_on_cpu(part), file, header)
-        file.chmod(folder.stat().st_mode & 0o666)  # safetensors gives files to their owner alone
         flush(file)
         digests[file.name] = sha256(file)
     return digests

@@ -48,7 +48,7 @@ class RunFiles:
         recipe = run.recipe.read_text(encoding="utf-8", errors="replace") if run.recipe.is_file() else ""
         try:
             settings = yaml.safe_load(recipe)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             settings = None
         evaluation = read_or_empty(run.evaluation, dict)
         rows = [row for row in evaluation.get("rows") or [] if isinstance(row, dict)]

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from shoestring.errors import RecipeError
-from shoestring.storage import atomic_path, write_text, writing_to
+from shoestring.storage import atomic_path, parse_json, write_text, writing_to
 
 Record = Mapping[str, Any]
 
@@ -273,7 +273,7 @@ def flops_unit(flops: float) -> tuple[float, str]:
 def _parsed(line: str) -> Record | None:
     """A line's record with its count of images; None for a line that a crash cut short."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     good = isinstance(record, dict) and isinstance(record.get("images"), int)
