@@ -128,6 +128,46 @@ def test_copy_makes_a_store_and_goes_on(here: Path, command: Any) -> None:
     )
 
 
+def test_a_copy_gains_what_was_added_since_and_loses_nothing(here: Path, command: Any, tree: Any) -> None:
+    """A copy with an addition of its own is left alone, as is a copy of a store of other encoders."""
+    assert command("encode", "photos", "--out", "mine", "--size", 16).code == 0
+    assert command("store", "copy", "mine", "copied").code == 0
+    assert command("store", "add", "mine", "--size", 32).code == 0
+    assert command("store", "copy", "mine", "copied").code == 0
+    assert Store.open("copied").sizes == (16, 32)
+    assert command("store", "verify", "copied").code == 0
+    assert tree(here / "mine/columns") == tree(here / "copied/columns")
+
+    assert command("store", "add", "copied", "--size", 8).code == 0
+    assert command("encode", "photos", "--out", "other", "--size", 16, "--text-dtype", "int8").code == 0
+    assert command("store", "copy", "mine", "copied").refused().startswith("copied: holds something other")
+    assert command("store", "copy", "other", "copied").refused().startswith("copied: holds something other")
+    assert Store.open("copied").sizes == (8, 16, 32)
+
+
+def test_the_cure_of_a_copy_of_format_1_cures(here: Path, command: Any, tree: Any) -> None:
+    path = here / "parted/manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("sha256", "records"):
+        del manifest[name]
+    path.write_text(json.dumps(manifest | {"format": 1}, indent=1) + "\n")
+    assert command("store", "copy", "parted", "copied").code == 0
+    before = tree(here / "copied/columns")
+    (here / "copied/columns/text/00001.safetensors").write_bytes(b"?")
+    error = command("store", "verify", "copied").refused()
+    remove, encode = (shlex.split(step) for step in error.split(" with: ")[1].split(" && "))
+    subprocess.run(remove, check=True)
+    assert command(*encode[1:]).code == 0
+    assert tree(here / "copied/columns") == before
+
+
+@pytest.mark.parametrize("words", [("copy", "plain", "s3://bucket/mine"), ("add", "s3://bucket/mine")])
+def test_what_writes_refuses_a_url(words: tuple[str, ...], here: Path, command: Any) -> None:
+    options = ("--size", 8) if words[0] == "add" else ()
+    assert command("store", *words, *options).refused().startswith("s3://bucket/mine: is a URL. ")
+    assert not (here / "s3:").exists()
+
+
 def test_a_store_at_a_url_is_told_about_verified_and_copied(
     here: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from shoestring.data import integrity
+from shoestring.data.copying import copy_store
 from shoestring.data.manifest import BEGUN, MANIFEST, SKIPPED, signed
 from shoestring.data.rows import Row
 from shoestring.data.store import Store
@@ -300,6 +301,30 @@ def test_stores_of_format_1_are_read_and_checked_as_far_as_they_can_be(store: St
     flip_a_bit(old.path / "columns/text/00002.safetensors")
     with pytest.raises(CorruptStoreError, match="text/00002"):
         Store.open(old.path).verify()
+
+
+def test_a_copy_of_format_1_can_be_mended(old: Store, tmp_path: Path) -> None:
+    """It has the settings and markers that the cure goes by, of which the manifest says nothing."""
+    out = tmp_path / "copied"
+    for _ in range(2):
+        copied = copy_store(str(old.path), out)
+    for name in (BEGUN, SKIPPED, *(f"chunks/{chunk:05d}.json" for chunk in range(3))):
+        assert (out / name).read_bytes() == (old.path / name).read_bytes()
+    assert same(everything(copied), everything(old))
+    (old.path / SKIPPED).unlink()  # where one is missing, that is so in the copy
+    assert not (copy_store(str(old.path), tmp_path / "another").path / SKIPPED).exists()
+
+
+def test_what_verify_found_whole_is_remembered_of_format_1_too(old: Store, hashed: list[str]) -> None:
+    old.verify()
+    hashed.clear()
+    integrity._whole.clear()  # as in another process
+    everything(Store.open(old.path))
+    assert hashed == []
+    path = old.path / MANIFEST  # another manifest, another list
+    path.write_text(path.read_text().replace('"mirrored": 0', '"mirrored": 1'))
+    everything(Store.open(old.path))
+    assert len(hashed) == 12
 
 
 def test_a_manifest_of_format_1_without_a_part_is_refused(old: Store) -> None:

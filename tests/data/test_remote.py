@@ -22,6 +22,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from shoestring.data import download
 from shoestring.data.copying import copy_store
+from shoestring.data.encode import EncodeSettings, encode
+from shoestring.data.integrity import Entry
 from shoestring.data.loader import Loader
 from shoestring.data.manifest import signed
 from shoestring.data.store import Store
@@ -152,6 +154,27 @@ def test_a_store_that_changes_at_its_url_is_read_anew(
         assert torch.equal(before.latents(16, np.arange(203)), expected)
 
 
+def test_files_that_a_store_has_no_more_leave_the_cache(
+    bucket: type[Shaky], cache: Path, make_store: Callable[..., Store], rows: Callable[..., Any]
+) -> None:
+    """Not at once, for who began with the old store may still read them; what is in use stays."""
+    Store.open(URL).latents(16, np.arange(203))
+    other = make_store([*rows(195), *rows(8)], chunk_rows=8, held_out=31)
+    Shaky().rm(URL, recursive=True)
+    Shaky().put(str(other.path), URL, recursive=True)
+    Store.open(URL).latents(16, np.arange(203))
+    both = {path.name for path in cached(cache)}
+    named = {entry["sha256"] for entry in other.manifest["files"]}
+    assert both - named
+    assert both & named
+    Store.open(URL)
+    assert {path.name for path in cached(cache)} == both
+    for path in cached(cache):
+        os.utime(path, (0, 0))
+    Store.open(URL)
+    assert {path.name for path in cached(cache)} == both & named
+
+
 # --- damage and failure ------------------------------------------------------------------------------------
 
 SHARD = "columns/latents-16/00000.safetensors"
@@ -248,9 +271,17 @@ def test_what_a_protocol_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         Store.open("s3://bucket/mine")
 
 
-def test_a_store_is_not_encoded_into_a_url(make_store: Callable[..., Store], rows: Any) -> None:
+@pytest.mark.parametrize("url", ["s3://bucket/mine", "file:///mine", "hf://datasets/owner/name"])
+def test_a_store_is_not_encoded_or_copied_into_a_url(
+    url: str, chunked: Path, list_source: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(StoreError, match=r"is a URL\. Encode into a folder of this machine"):
-        make_store(rows(3), Path("s3://bucket/mine"))
+        encode(list_source(rows(3)), Path(url), EncodeSettings(sizes=(16,)))
+    for out in (url, Path(url)):
+        with pytest.raises(StoreError, match=r"is a URL\. Copy to a folder of this machine"):
+            copy_store(str(chunked), out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_newer_store_asks_for_an_upgrade(bucket: type[Shaky], chunked: Path) -> None:
@@ -308,6 +339,27 @@ def test_a_larger_cache_keeps_chunks_for_the_next_epoch(
         assert (max(Counter(bucket.read).values()) == 1) == kept
         assert kept or found <= whole * 0.3 + 6 * whole / 26  # and two windows
         assert found > whole * 0.2
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_a_shard_that_another_process_removes_is_fetched_again(
+    times: int, chunked: Path, bucket: type[Shaky], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its download and its use, as a process does that is ahead by a window."""
+    store, other, removals = Store.open(URL), Store.open(URL), [None] * times
+    local = store.files.local
+
+    def raced(entry: Entry) -> Path:
+        path = local(entry)
+        if removals:
+            removals.pop()
+            other.files.leave([entry])
+        return path
+
+    monkeypatch.setattr(store.files, "local", raced)
+    latents = store.latents(16, np.arange(8))
+    assert torch.equal(latents, Store.open(chunked).latents(16, np.arange(8)))
+    assert bucket.read.count(SHARD) == times + 1
 
 
 def test_leftovers_of_an_earlier_run_make_room(

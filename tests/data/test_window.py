@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
 
+from shoestring.data import resident
+from shoestring.data.integrity import Entry
 from shoestring.data.loader import PATIENCE, Loader
+from shoestring.data.resident import Resident
 from shoestring.data.splits import Split
 from shoestring.data.store import Store
 from shoestring.data.window import Keeper, make_window
@@ -156,6 +162,69 @@ def test_shards_that_another_loader_holds_stay_open(store: Store) -> None:
     store.release(columns, [1], drop=False)
     assert len(store._shards) == 3
     assert torch.equal(store.latents(16, np.arange(16)), everything)
+
+
+def test_a_shard_that_comes_when_nobody_wants_it_any_more_is_closed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was being opened when its chunk was dropped; one that is held again meanwhile stays."""
+    turned_to, go_on, left = threading.Semaphore(0), threading.Event(), list[str]()
+    local = store.files.local
+
+    def slow(entry: Entry) -> Path:
+        turned_to.release()
+        assert go_on.wait(10)
+        return local(entry)
+
+    monkeypatch.setattr(store.files, "local", slow)
+    monkeypatch.setattr(store.files, "leave", lambda entries: left.extend(e["path"] for e in entries))
+    store.hold(["latents-16"], [0, 1])
+    for _ in range(2):
+        assert turned_to.acquire(timeout=10)
+    store.release(["latents-16"], [0, 1], drop=True)
+    store.hold(["latents-16"], [1])
+    before = left.copy()
+    go_on.set()
+    deadline = time.monotonic() + 10
+    while store._shards._helpers and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert list(store._shards._open) == ["columns/latents-16/00001.safetensors"]
+    assert left == [*before, "columns/latents-16/00000.safetensors"]
+
+
+def test_shards_that_are_held_are_not_closed_for_others(store: Store) -> None:
+    store._shards = Resident(store.files, store._entries, most=3)
+    store.hold(["latents-16"], [0, 1])
+    everything = store.latents(16, np.arange(203))
+    names = {f"columns/latents-16/{chunk:05d}.safetensors" for chunk in (0, 1)}
+    assert names <= store._shards._open.keys()
+    assert len(store._shards) == 3
+    store.hold(["latents-16"], range(2, 8))  # more than may be open: slow, and as exact
+    assert torch.equal(store.latents(16, np.arange(203)), everything)
+    assert len(store._shards) == 3
+
+
+def test_a_window_of_more_files_than_may_be_open_is_refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoestring.data.window.most_open", lambda: 24)
+    with pytest.raises(StoreError) as caught:
+        loader(store, window=5, captions=False)
+    assert str(caught.value).endswith(
+        "two windows of 5 chunks (data.window) are 30 open files of 3 columns; this process may have 24. "
+        "Use a window of 4 or less, or allow more with `ulimit -n 60`."
+    )
+    assert loader(store, window=4, captions=False).window is not None
+
+
+def test_stores_share_what_may_be_open(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    monkeypatch.setattr(resident, "_residents", WeakSet())
+    monkeypatch.setattr(resident, "most_open", lambda: 3000)
+    kept = [Resident(store.files, store._entries) for _ in range(3)]
+    assert [each.most for each in kept] == [1000] * 3
+    kept.pop()
+    assert kept[0].most == 1500
 
 
 def test_the_next_group_is_checked_before_it_is_asked_for(store: Store) -> None:

@@ -49,19 +49,9 @@ def make_training(
 
     With several processes each calls it and gets its part; the main one alone writes into the run's folder.
     """
-    if not world.is_main:
-        log = _silent
-    if world.is_main:
-        check_claim(recipe, run, resume, log)
-        if resume:
-            remove_leftovers(run.root)
-    world.barrier()
-    saved = _newest_checkpoint(run, log, world) if resume else None
+    log = log if world.is_main else _silent
     facts = {"store": store.identity({phase.size for phase in recipe.phases})}
-    if len(set(world.gather(facts["store"]))) > 1:
-        raise StoreError(f"{store.place}: changed while the processes opened it. Start again.")
-    if saved:
-        _check_facts(run, store, saved.state.get("facts", facts), facts)
+    saved = _where_to_begin(recipe, run, store, facts, resume, log, world)
     images = saved.state["progress"]["images"] if saved else 0
     network = make_network(recipe, store, recipe.phases[0])
     if recipe.init and not saved:
@@ -100,6 +90,38 @@ def make_training(
         _show(training, Exhibit(recipe, store, run))
         write_text(run.recipe, dump(recipe))
     return training
+
+
+def _where_to_begin(
+    recipe: Recipe,
+    run: RunFolder,
+    store: Store,
+    facts: dict[str, Any],
+    resume: bool,
+    log: Log,
+    world: World,
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint that a resumed run goes on from; None for a new run, or where there is none yet."""
+    if world.is_main:
+        check_claim(recipe, run, resume, log)
+        if resume:
+            remove_leftovers(run.root)
+    if len(set(world.gather(facts["store"]))) > 1:
+        raise StoreError(f"{store.place}: changed while the processes opened it. Start again.")
+    if not resume:
+        return None
+    saved = checkpoint.newest(run.checkpoints, log, world)
+    if saved is None:
+        log(f"{run.root}: no valid checkpoint yet; starting from the beginning.")
+        return None
+    log(f"Resuming {run.root} after {saved.state['progress']['images']:,} images.")
+    if saved.state.get("facts", facts) != facts:
+        raise CheckpointError(
+            f"{run.root}: was trained on other data than {store.place} holds now (other images or captions). "
+            "Resume with the store as it was, or start a new run with --name and "
+            f"`--set init={run.root}`."
+        )
+    return saved
 
 
 def _ledger(
@@ -186,30 +208,12 @@ def check_claim(recipe: Recipe, run: RunFolder, resume: bool, log: Log | None = 
         log(f"From here on equal to rounding only, no longer bit for bit: {'; '.join(rounding)}.")
 
 
-def _check_facts(run: RunFolder, store: Store, then: dict[str, Any], now: dict[str, Any]) -> None:
-    if then != now:
-        raise CheckpointError(
-            f"{run.root}: was trained on other data than {store.place} holds now (other images or "
-            "captions). Resume with the store as it was, or start a new run with --name and "
-            f"`--set init={run.root}`."
-        )
-
-
 @contextmanager
 def claimed(run: RunFolder, world: World = ALONE) -> Iterator[None]:
     """Keep every other training out of a run's folder while this one works in it."""
     with claim(run.root) if world.is_main else nullcontext():
         world.barrier()
         yield
-
-
-def _newest_checkpoint(run: RunFolder, log: Log, world: World) -> checkpoint.Checkpoint | None:
-    saved = checkpoint.newest(run.checkpoints, log, world)
-    if saved is None:
-        log(f"{run.root}: no valid checkpoint yet; starting from the beginning.")
-    else:
-        log(f"Resuming {run.root} after {saved.state['progress']['images']:,} images.")
-    return saved
 
 
 def _tell_what_moved(then: dict[str, Any], now: Ledger, log: Log) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -77,7 +76,7 @@ def verify(path: Place) -> None:
 
 @store.command()
 def copy(
-    source: Place, out: Annotated[Path, typer.Argument(help="Folder for the copy, on this machine.")]
+    source: Place, out: Annotated[str, typer.Argument(help="Folder for the copy, on this machine.")]
 ) -> None:
     """Copy a store from a folder or URL, checking every file; what stopped goes on when run again."""
     from shoestring.data.copying import copy_store

@@ -23,7 +23,7 @@ Given = dict[str, Any]
 
 
 def add(
-    path: Annotated[Path, typer.Argument(help="Folder of the finished store.")],
+    path: Annotated[str, typer.Argument(help="Folder of the finished store.")],
     source: Annotated[
         str | None, typer.Argument(help="What the store was made of, where that has moved. [as then]")
     ] = None,
@@ -58,6 +58,7 @@ def add(
 ) -> None:
     """Add a size, captions or a text encoder: new columns for the same rows; nothing there is rewritten."""
     from shoestring.data.add import add as run
+    from shoestring.data.folder import refuse_url
     from shoestring.data.store import Store
     from shoestring.processes import own_device
     from shoestring.runtime import pick_device
@@ -72,6 +73,7 @@ def add(
     given |= {"autoencoder": autoencoder, "upscale": upscale, "image_column": image_column, "split": split}
     given = {option: value for option, value in (given | {"max_bad": max_bad}).items() if _is_given(value)}
     _check(given)
+    refuse_url(path, "Add to a folder of this machine (`shoestring store copy URL FOLDER`), then upload it.")
     place, numbers = pick_device(own_device(device)), worker_of(worker)
     for number in given.get("size", [None]):
         store = Store.open(path)
@@ -168,7 +170,7 @@ def _full_name(encoder: dict[str, Any]) -> str:
     return f"{encoder['id']}@{encoder['revision']}" if encoder["revision"] else str(encoder["id"])
 
 
-def _closing_line(store: Store | None, path: Path, addition: Addition) -> None:
+def _closing_line(store: Store | None, path: str, addition: Addition) -> None:
     if store is None:
         typer.echo(f"{path}: this worker is done; the last to finish adds {addition.name} to the store.")
         return

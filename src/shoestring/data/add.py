@@ -33,7 +33,7 @@ from shoestring.data.chunks import ChunkWriter, Markers, Work
 from shoestring.data.encode import Progress, batch_of, caption_table, check_worker
 from shoestring.data.encoders import CaptionEncoder, ImageEncoder
 from shoestring.data.folder import is_url
-from shoestring.data.manifest import FORMAT, SKIPPED, addition_name
+from shoestring.data.manifest import FORMAT, SKIPPED, addition_name, made_by
 from shoestring.data.rows import Row, Source
 from shoestring.data.seal import merged, sum_of, tell_cut, write_manifest
 from shoestring.data.sources import open_source
@@ -99,7 +99,7 @@ def add(
         out, asked, addition.calibrated, addition=addition.name, instead=_instead(store, addition.name)
     )
     manifest = merged(store.manifest, addition.name, begun)
-    markers = Markers(out, addition.name)
+    markers = Markers(out, addition.columns, addition.name)
     todo = [chunk for chunk in range(worker[0], len(counts), worker[1]) if markers.of(chunk) is None]
     work, done = Work(out, worker, device or torch.device("cpu"), addition.name), 0
     for chunk in todo:
@@ -179,7 +179,7 @@ class MatchedRows:
     @property
     def advice(self) -> str:
         """What to do about another source."""
-        return f"Add from what the store was made of: {self.store.manifest['command']}"
+        return f"Add from what the store was made of: {made_by(self.store.manifest)}"
 
     def _wanted(self, chunk: int) -> Iterator[Matched]:
         numbers = rows_of(self.store, chunk)

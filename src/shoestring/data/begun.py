@@ -16,8 +16,8 @@ CALIBRATION_CAPTIONS = 256
 CALIBRATION_ROWS = 4096
 
 CALIBRATED = ("text_channels",)  # measured by whoever begins; the others take them over
-_NAMES = ("format", "shoestring", "command", "words", "source.path", "autoencoder.id", "text_encoder.id")
-"""Entries that change no number."""
+_NAMES = ("format", "shoestring", "command", "words")  # entries that change no number
+_PLACES = ("path", "id", "revision")  # ... and those of any source or encoder: where it was found
 
 
 def begin(
@@ -37,7 +37,7 @@ def begin(
     if not path.is_file():
         _write_once(path, signed({**asked, **calibrated()}))
     begun = read_begun(store, addition)
-    differences = list(_differences(begun, asked))
+    differences = list(_differences(_with_dataset(begun), asked))
     if differences:
         raise StoreError(
             f"{store}: was begun with other settings: {'; '.join(differences[:6])}. "
@@ -80,10 +80,22 @@ def _write_once(path: Path, value: Mapping[str, Any]) -> None:
 
 def _differences(begun: Any, asked: Any, name: str = "") -> Iterator[str]:
     """What two descriptions of a store disagree on, apart from names that change no number."""
-    if name in (*_NAMES, *CALIBRATED) or name.endswith(".revision"):
+    if name in (*_NAMES, *CALIBRATED):
         return
     if isinstance(begun, dict) and isinstance(asked, Mapping):
         for key in sorted(begun.keys() | asked.keys()):
             yield from _differences(begun.get(key), asked.get(key), f"{name}.{key}".lstrip("."))
-    elif begun != asked:
+    elif name.endswith(".commit") and "" in (begun, asked):
+        return  # the hub could not be asked
+    elif begun != asked and name.rpartition(".")[2] not in _PLACES:
         yield f"{name} {begun} there, {asked} now"
+
+
+def _with_dataset(begun: Mapping[str, Any]) -> dict[str, Any]:
+    """`begun` with the data set of hub sources, which versions up to 0.1 noted in their path alone."""
+    whole = dict(begun)
+    for key in ("source", "captions"):
+        source = begun.get(key)
+        if isinstance(source, Mapping) and source.get("kind") == "hub" and "dataset" not in source:
+            whole[key] = {**source, "dataset": str(source["path"]).partition("@")[0], "commit": ""}
+    return whole

@@ -1,7 +1,7 @@
 """Chunks of a store: their shards, the marker that says one is finished, and the work that they took.
 
-A chunk's shards are written first and its marker last, each whole or not at all. A marker that is damaged, or
-one of whose files is missing, counts as none, so the chunk is encoded again.
+A chunk's shards are written first and its marker last, each whole or not at all. A marker that is damaged or
+of another chunk, or one of whose files is missing, counts as none, so the chunk is encoded again.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ import torch
 
 from shoestring.data.manifest import marker_name, origin_of, shard_name, signature_holds, signed
 from shoestring.data.shards import Array, write_lines, write_shard
+from shoestring.errors import StoreError
 from shoestring.runtime import cpu_name
-from shoestring.storage import read_json, write_json
+from shoestring.storage import crc32, read_json, write_json
 
 WORK = "work"
 
 
 class Markers:
-    """The markers of a store's chunks, or of those of one addition to it."""
+    """The markers of a store's chunks, or of those of one addition to it, each a shard of every column."""
 
-    def __init__(self, store: Path, addition: str = "", *, old: bool = False) -> None:
-        self.store, self.addition = store, addition
+    def __init__(self, store: Path, columns: Iterable[str], addition: str = "", *, old: bool = False) -> None:
+        self.store, self.columns, self.addition = store, list(columns), addition
         self.old = old  # begun by a version whose markers carry no checksum
 
     def of(self, chunk: int) -> dict[str, Any] | None:
-        """What a finished chunk's marker says; None where it or a file is missing or damaged."""
+        """What a finished chunk's marker says; None where it or a file is missing, damaged or another's."""
+        needed = sorted(shard_name(column, chunk) for column in self.columns)
         try:
             marker: dict[str, Any] = read_json(self.store / marker_name(chunk, self.addition))
+            own = marker["chunk"] == chunk and sorted(e["path"] for e in marker["files"]) == needed
             whole = all((self.store / e["path"]).stat().st_size == e["bytes"] for e in marker["files"])
             trusted = signature_holds(marker, needed=not self.old)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return marker if whole and trusted else None
+        return marker if own and whole and trusted else None
 
     def all(self, count: int) -> list[dict[str, Any]] | None:
         """The markers of chunks 0 .. count-1, or None while one is missing."""
@@ -75,7 +78,17 @@ class ChunkWriter:
         self._files.append(entry.to_json())
 
     def finish(self, said: Mapping[str, Any]) -> None:
-        """Write the marker: the chunk is finished."""
+        """Write the marker: the chunk is finished. Raises `StoreError` where a shard is not what was written.
+
+        Two processes at one chunk write the same files, and encoders need not give the same bits twice.
+        """
+        for entry in self._files:
+            path = self.store / entry["path"]
+            if not path.is_file() or crc32(path) != entry["crc32"]:
+                raise StoreError(
+                    f"{path}: another process wrote this shard meanwhile. Have one process for each --worker "
+                    "number, and run the same command again, which keeps finished chunks."
+                )
         marker = {"chunk": self.chunk, "rows": self.rows, **said, "files": self._files}
         write_json(self.store / marker_name(self.chunk, self.addition), signed(marker))
 

@@ -43,6 +43,10 @@ class Source:
                 f"{url}: cannot be opened: {error}. Give a folder, or a URL such as s3://bucket/store, "
                 "hf://datasets/owner/name or https://host/store."
             ) from error
+        except Exception as error:  # some kinds of store connect at once, and raise what their network does
+            raise StoreError(
+                f"{url}: cannot be reached ({_brief(error)}). Check the URL, the network and your access."
+            ) from error
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """A file's content in blocks; raises FileNotFoundError or `Unreachable`."""
@@ -53,8 +57,7 @@ class Source:
         except FileNotFoundError:
             raise
         except Exception as error:  # every kind of store raises its own
-            said = str(error).strip().split("\n")[0]
-            raise Unreachable(f"{type(error).__name__}: {said}" if said else type(error).__name__) from error
+            raise Unreachable(_brief(error)) from error
 
     def read(self, name: str) -> bytes:
         """A file's content; raises FileNotFoundError or `Unreachable`."""
@@ -102,6 +105,16 @@ class Source:
                 time.sleep(wait)
         raise AssertionError
 
+    def take(self, name: str, path: Path) -> bool:
+        """Copy a file of which no checksum is known, whole or not at all; False where there is none."""
+        try:
+            content = self.patiently(name, lambda: self.read(name))
+        except FileNotFoundError:
+            return False
+        with atomic_path(path) as aside:
+            aside.write_bytes(content)
+        return True
+
     def names(self) -> list[str]:
         """Names of all files, where the place can list them; else none."""
         try:
@@ -109,3 +122,9 @@ class Source:
         except Exception:  # every kind of store raises its own; many do not list
             return []
         return sorted(name.removeprefix(self._root).lstrip("/") for name in found)
+
+
+def _brief(error: Exception) -> str:
+    """An error's kind and the first line of what it says."""
+    said = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

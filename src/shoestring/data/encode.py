@@ -31,7 +31,8 @@ import shoestring
 from shoestring.data.begun import begin, captions_of_source
 from shoestring.data.chunks import ChunkWriter, Markers, Work
 from shoestring.data.encoders import PIXELS_AT_ONCE, CaptionEncoder, Encoders, ImageEncoder
-from shoestring.data.manifest import BEGUN, FORMAT, MANIFEST
+from shoestring.data.folder import refuse_url
+from shoestring.data.manifest import BEGUN, FORMAT, MANIFEST, first_columns
 from shoestring.data.rows import Row, Source
 from shoestring.data.seal import check_bad, seal
 from shoestring.data.store import Store
@@ -194,7 +195,7 @@ class _Job:
             lambda: text.calibrated(captions_of_source(self.source) if text.needs_calibration else ()),
             instead="another --out, or add to a finished store with `shoestring store add`",
         )
-        self.chunks = Markers(self.out, old=self.begun["format"] == 1)
+        self.chunks = Markers(self.out, first_columns(self.begun), old=self.begun["format"] == 1)
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings
@@ -343,8 +344,7 @@ def _tell(progress: Progress, before: int, todo: int | None, rows: int) -> None:
 
 def _check_place(out: Path) -> None:
     """A new or empty folder, or a store: anything else is left alone."""
-    if ":/" in out.as_posix()[2:]:  # a Path leaves one slash of two
-        raise StoreError(f"{out}: is a URL. Encode into a folder of this machine, and copy that there.")
+    refuse_url(out, "Encode into a folder of this machine, and copy that there.")
     with writing_to(out):
         if out.exists() and not out.is_dir():
             raise StoreError(f"{out}: is a file. Give a folder for the store.")

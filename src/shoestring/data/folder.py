@@ -97,3 +97,9 @@ class Folder:
 def is_url(place: str) -> bool:
     """Whether a place is a URL for fsspec, such as `s3://bucket/store`, and no folder."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place) is not None
+
+
+def refuse_url(place: str | Path, instead: str) -> None:
+    """Raise `StoreError` for a URL where a folder of this machine is needed; `instead` says what to do."""
+    if is_url(re.sub(r"^([^/]+:)/+", r"\1//", str(place))):  # a Path leaves one slash of two
+        raise StoreError(f"{place}: is a URL. {instead}")

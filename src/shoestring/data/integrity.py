@@ -29,6 +29,7 @@ from shoestring.data.manifest import (
     encode_again,
     listed,
     marker_name,
+    signed,
 )
 from shoestring.data.shards import says_of_itself
 from shoestring.errors import OutputError
@@ -182,16 +183,21 @@ def remember(store: Path, manifest: Mapping[str, Any], seen: Mapping[str, Identi
     """Leave a list of files found whole in the folder, where it may be written."""
     settled = {name: state for name, state in seen.items() if _settled(state)}
     with suppress(OutputError):
-        write_json(store / VERIFIED, {"manifest": manifest.get("sha256"), "files": settled})
+        write_json(store / VERIFIED, {"manifest": _checksum(manifest), "files": settled})
 
 
 def remembered(store: Path, manifest: Mapping[str, Any]) -> dict[str, Identity]:
     """The files that were found whole, and how they were then; empty without a list for this manifest."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         said = json.loads((store / VERIFIED).read_text(encoding="utf-8"))
-        if said["manifest"] is not None and said["manifest"] == manifest.get("sha256"):
+        if said["manifest"] == _checksum(manifest):
             return {name: (int(a), int(b), int(c)) for name, (a, b, c) in said["files"].items()}
     return {}
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """The checksum that a manifest carries, or in format 1 would."""
+    return str(manifest.get("sha256") or signed(manifest)["sha256"])
 
 
 def _settled(state: Identity) -> bool:

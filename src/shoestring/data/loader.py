@@ -70,8 +70,8 @@ class Loader:
         self.store, self.size, self.split = store, size, store.splits[split]
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.extra, self.captions, self.pin_memory = tuple(extra), captions, pin_memory
-        self.window = make_window(store, self.split, seed, window)
         self.columns = store.columns(size, captions=captions, size_crop="size_crop" in extra)
+        self.window = make_window(store, self.split, seed, window, self.columns)
 
     def __len__(self) -> int:
         """Images in one epoch."""

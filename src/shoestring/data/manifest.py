@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ VERIFIED = "verified.json"  # which files `shoestring store verify` found whole;
 
 _CHECKSUM = "sha256"
 _NAMES = ("path", "id", "revision")  # of sources and encoders: change no number
+
+_NAME = r"[\w-][\w.-]*"  # of a column or an addition: never `..`, never a folder elsewhere
+_ADDITION = re.compile(_NAME)
+_SHARD = re.compile(rf"columns/{_NAME}/\d+\.(safetensors|jsonl)")
+_RECORD = re.compile(rf"chunks/({_NAME}/)?\d+\.json|added/{_NAME}\.json|begun\.json|skipped\.jsonl")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def shard_name(column: str, chunk: int) -> str:
@@ -52,6 +59,11 @@ def addition_of(manifest: Mapping[str, Any], name: str) -> str:
     if folder == "added":
         return rest[0].removesuffix(".json")
     return rest[0] if folder == "chunks" and len(rest) > 1 else ""
+
+
+def first_columns(begun: Mapping[str, Any]) -> list[str]:
+    """The columns that a store is first made with, by what it was begun with."""
+    return [*(f"latents-{size}" for size in begun["sizes"]), "text", "rows", "json"]
 
 
 def chunk_of(name: str) -> int:
@@ -98,7 +110,10 @@ def signature_holds(value: Mapping[str, Any], *, needed: bool = True) -> bool:
 
 
 def parse_manifest(text: bytes, place: str, cure: str) -> dict[str, Any]:
-    """The manifest that a file holds; raises `StoreError` with `cure` for a damaged, edited or newer one."""
+    """The manifest that a file holds; raises `StoreError` with `cure` for a damaged, edited or newer one.
+
+    Whoever made it may have meant harm, and signed it: it names files of a store and SHA-256s, nothing else.
+    """
     try:
         manifest = parse_json(text)
         version = int(manifest["format"])
@@ -110,7 +125,25 @@ def parse_manifest(text: bytes, place: str, cure: str) -> dict[str, Any]:
         )
     if version > FORMAT:
         raise StoreError(_newer(place, manifest))
+    try:
+        strange = next(_strange(manifest), None)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise CorruptStoreError(f"{place}/{MANIFEST}: cannot be read ({_brief(error)}). {cure}") from error
+    if strange is not None:
+        raise CorruptStoreError(f"{place}/{MANIFEST}: names {strange!r}, which no store holds. {cure}")
     return dict(manifest)
+
+
+def _strange(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a manifest names that is no file, SHA-256 or addition of a store: paths that lead out of it."""
+    shards = [(entry["path"], entry["sha256"]) for entry in manifest["files"]]
+    for pattern, named in ((_SHARD, shards), (_RECORD, manifest.get("records", {}).items())):
+        for name, hashed in named:
+            if not pattern.fullmatch(name):
+                yield name
+            if not _SHA256.fullmatch(hashed):
+                yield hashed
+    yield from (name for name in manifest.get("added", {}) if not _ADDITION.fullmatch(name))
 
 
 def read_begun(store: Path, addition: str = "") -> dict[str, Any]:
@@ -171,8 +204,26 @@ def command_of(place: Path | str, begun: Mapping[str, Any], addition: str = "") 
     """The command that made a store or an addition to it, which also mends it."""
     out = shlex.quote(str(place))
     if addition:
-        return f"shoestring store add {out} {begun['added'][addition]['words']}"
-    return f"{begun['command']} --out {out}"
+        words = _quoted(begun["added"][addition]["words"], [])
+        return f"shoestring store add {out} {words or 'WHAT'}"
+    return f"{made_by(begun)} --out {out}"
+
+
+def made_by(begun: Mapping[str, Any]) -> str:
+    """The command that a store says made it, safe to print as one to run: one `shoestring encode`, quoted."""
+    return _quoted(begun.get("command"), ["shoestring", "encode"]) or "shoestring encode SOURCE"
+
+
+def _quoted(command: Any, begins: list[str]) -> str:
+    """The words of a command that begins with those of `begins`, quoted anew; empty where it is none.
+
+    A store may come from anywhere, and what it says must not end or follow a command in a user's shell.
+    """
+    try:
+        words = shlex.split(command) if isinstance(command, str) and command.isprintable() else []
+    except ValueError:
+        return ""
+    return shlex.join(words) if words[: len(begins)] == begins else ""
 
 
 def mend_manifest(path: Path) -> str:
@@ -203,10 +254,10 @@ def _newer(place: str, made: Mapping[str, Any]) -> str:
 
 def _command_of(path: Path) -> str:
     try:
-        command = read_json(path / BEGUN)["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        command = "shoestring encode SOURCE"
-    return f"{command} --out {shlex.quote(str(path))}"
+        begun = dict(read_json(path / BEGUN))
+    except (OSError, ValueError, TypeError):
+        begun = {}
+    return command_of(path, begun)
 
 
 def _checksum(value: Mapping[str, Any]) -> str:

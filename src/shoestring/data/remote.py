@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,9 @@ from shoestring.storage import atomic_path, fingerprint, remove_leftovers, writi
 
 CACHE = "SHOESTRING_CACHE"  # environment variable: folder of the caches of all stores
 CACHE_SIZE = "SHOESTRING_CACHE_SIZE"  # ... the size of each up to which shards stay that a window has left
+_ORPHANED = 2 * 24 * 3600
+"""Seconds without use after which a file goes that the store at the URL has no more (file systems that note
+when a file is read may do so once a day)."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -67,7 +71,9 @@ class Remote:
             for part in ("files", "locks"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        return cls(source, folder, _newest_manifest(source, folder / MANIFEST))
+        manifest = _newest_manifest(source, folder / MANIFEST)
+        _remove_orphans(folder / "files", {str(entry["sha256"]) for entry in manifest["files"]})
+        return cls(source, folder, manifest)
 
     def local(self, entry: Entry) -> Path:
         name, hashed = str(entry["path"]), str(entry["sha256"])
@@ -135,11 +141,7 @@ class Remote:
 
     def _cached(self) -> dict[str, os.stat_result]:
         """Files that are here; other processes may remove some meanwhile."""
-        found = {}
-        for file in os.scandir(self.path / "files"):
-            with suppress(FileNotFoundError):
-                found[file.name] = file.stat()
-        return found
+        return _files_in(self.path / "files")
 
     @contextmanager
     def _alone(self, hashed: str) -> Iterator[None]:
@@ -195,6 +197,22 @@ def _newest_manifest(source: Source, seen: Path) -> dict[str, Any]:
         with atomic_path(seen) as aside:
             aside.write_bytes(data)
     return manifest
+
+
+def _remove_orphans(folder: Path, named: set[str]) -> None:
+    """Remove files that no manifest names any more, once a process that began with the old one is done."""
+    for name, state in _files_in(folder).items():
+        if name not in named and time.time() - max(state.st_mtime, state.st_atime) > _ORPHANED:
+            with suppress(OSError):  # another process was quicker
+                (folder / name).unlink()
+
+
+def _files_in(folder: Path) -> dict[str, os.stat_result]:
+    found = {}
+    for file in os.scandir(folder):
+        with suppress(FileNotFoundError):
+            found[file.name] = file.stat()
+    return found
 
 
 def _cache_folder(cache: str | Path | None) -> Path:

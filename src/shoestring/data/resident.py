@@ -13,6 +13,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import islice
+from weakref import WeakSet
 
 from shoestring.data.folder import Files
 from shoestring.data.integrity import Entry, matches, what_is_wrong
@@ -21,22 +23,31 @@ from shoestring.errors import CorruptStoreError, StoreError
 
 FEWEST, MOST = 256, 32_768  # shards open at once: each takes a file descriptor and a mapping
 HELPERS = 4  # threads that open shards ahead
+TRIES = 5  # at a shard that another process removes from the cache as soon as it is there
 
 Arrays = dict[str, Array]
 
 
 class Resident:
-    """Open shards by name, at most `most` of them; the one unused for longest goes first."""
+    """Open shards by name; above `most` of them the one unused for longest goes that nobody holds."""
 
     def __init__(self, files: Files, entries: Mapping[str, Entry], most: int | None = None) -> None:
         self.files, self.entries = files, entries
-        self.most = most or _most_open()
+        self._given = most
         self._open: OrderedDict[str, Arrays] = OrderedDict()
         self._coming: dict[str, Future[Arrays]] = {}
         self._lock = threading.Lock()
         self._holders: Counter[str] = Counter()
         self._wanted: dict[str, None] = {}  # to be opened ahead, in order
         self._helpers = 0  # threads at it
+        self._ahead: dict[str, bool] = {}  # what they are opening -> whether it was dropped meanwhile
+
+        _residents.add(self)
+
+    @property
+    def most(self) -> int:
+        """How many may be open: this store's part of what the process may open."""
+        return self._given or max(most_open() // len(_residents), FEWEST)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -63,7 +74,10 @@ class Resident:
         with self._lock:
             del self._coming[name]
             self._open[name] = arrays
-            while len(self._open) > self.most:
+            idle = (each for each in self._open if each not in self._holders and each != name)
+            for each in list(islice(idle, max(0, len(self._open) - self.most))):
+                del self._open[each]
+            while len(self._open) > (self._given or most_open()):  # all held, by several loaders
                 self._open.popitem(last=False)
         opening.set_result(arrays)
         return arrays
@@ -90,6 +104,8 @@ class Resident:
                 self._wanted.pop(name, None)
                 if drop:
                     self._open.pop(name, None)
+                if name in self._ahead:
+                    self._ahead[name] = drop
         if drop:
             self.files.leave([self.entries[name] for name in free])
 
@@ -101,31 +117,44 @@ class Resident:
                     return
                 name = next(iter(self._wanted))
                 del self._wanted[name]
+                self._ahead[name] = False
             with suppress(Exception):  # told when the shard is asked for, to whom asks
                 self.get(name)
+            with self._lock:
+                late = self._ahead.pop(name, False) and name not in self._holders
+                if late:
+                    self._open.pop(name, None)
+            if late:
+                self.files.leave([self.entries[name]])
 
     def _read(self, entry: Entry) -> Arrays:
         """A checked shard; a damaged copy of a remote one is fetched once more."""
-        name = str(entry["path"])
-        for fetched_again in (False, True):
+        name, damaged = str(entry["path"]), False
+        for _ in range(TRIES):
             path = self.files.local(entry)
             try:
                 if matches(path, entry, self.files.state(name)):
                     return (read_lines if name.endswith(".jsonl") else read_shard)(path)
-            except (FileNotFoundError, ValueError):
+            except FileNotFoundError:  # another process was done with a copy as this one turned to it
+                continue
+            except (ValueError, LookupError, TypeError):  # a header that means nothing
                 pass
             except OSError as error:  # of the disk, or too many open files: no damage of the file
                 raise StoreError(
                     f"{path}: cannot be read ({error.strerror}). Mend that and run the same command again."
                 ) from error
-            if fetched_again or not self.files.fetch_again(entry):
+            if damaged or not self.files.fetch_again(entry):
                 break
+            damaged = True
         problem = what_is_wrong(path, entry, self.entries.values())
         raise CorruptStoreError(self.files.cure({name: problem}))
 
 
-def _most_open() -> int:
-    """Half of what this process may open (`ulimit -n`)."""
+_residents: WeakSet[Resident] = WeakSet()  # of all stores open in this process
+
+
+def most_open() -> int:
+    """How many shards the stores of this process may have open: half of what it may open (`ulimit -n`)."""
     try:
         import resource
 

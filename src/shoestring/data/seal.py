@@ -29,7 +29,7 @@ from shoestring.data.text_column import combined
 from shoestring.errors import SourceError
 from shoestring.interfaces import Log
 from shoestring.runtime import keyed_seed
-from shoestring.storage import remove_leftovers, sha256, write_json
+from shoestring.storage import read_json, remove_leftovers, sha256, write_json
 
 
 def seal(out: Path, begun: dict[str, Any], markers: list[dict[str, Any]], max_bad: float, log: Log) -> None:
@@ -56,7 +56,7 @@ def seal(out: Path, begun: dict[str, Any], markers: list[dict[str, Any]], max_ba
         "cut": cut,
         "mirrored": sum(marker["mirrored"] for marker in markers),
         **measured(markers),
-        "work": work_of(out),
+        "work": max(work_of(out), _work_before(out), key=_rows_of),
         "files": entries,
         "records": records_of(out, len(markers)),
     }
@@ -64,6 +64,18 @@ def seal(out: Path, begun: dict[str, Any], markers: list[dict[str, Any]], max_ba
     if reasons:
         log(f"left out {counted(reasons)} (listed in {out / SKIPPED})")
     tell_cut(cut, begun["text_encoder"]["max_tokens"], log)
+
+
+def _work_before(out: Path) -> list[dict[str, Any]]:
+    """What the manifest says of work so far: a copy of a store has no work/, or only that of mending it."""
+    try:
+        return list(read_json(out / MANIFEST)["work"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _rows_of(work: list[dict[str, Any]]) -> int:
+    return sum(int(each["rows"]) for each in work)
 
 
 def sum_of(markers: Sequence[Mapping[str, Any]], name: str) -> dict[str, int]:
@@ -118,7 +130,7 @@ def _with_additions(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     records = dict(manifest.get("records", {}))
     for path in sorted((out / addition_name("")).parent.glob("*.json")):
         name, begun = path.stem, read_begun(out, path.stem)
-        markers = Markers(out, name).all(len(manifest["chunks"]))
+        markers = Markers(out, begun["columns"], name).all(len(manifest["chunks"]))
         if markers is None:
             continue
         before = manifest.get("added", {}).get(name, {}).get("work", [])  # a copy of a store has no work/

@@ -98,11 +98,14 @@ def read_shard(path: Path) -> dict[str, Array]:
     """Arrays of a safetensors file, mapped from disk. Raises OSError or ValueError for a damaged one."""
     data = _mapped(path)
     header, body = _parts(data)
-    header.pop("__metadata__", None)
     arrays = {}
-    for key, entry in header.items():
-        start, stop = entry["data_offsets"]
-        arrays[key] = body[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    try:
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            start, stop = entry["data_offsets"]
+            arrays[key] = body[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"has a header that this version cannot read ({error!r})") from error
     return arrays
 
 

@@ -70,10 +70,23 @@ class Store:
             files = Folder.open(Path(path))
         try:
             check_origins(files.place, files.manifest, files.manifest["files"])
-            return cls(files, files.manifest)
-        except (KeyError, ValueError, TypeError) as error:  # format 1 has no checksum of its own
+            store = cls(files, files.manifest)
+            absent = store._absent()
+        except (LookupError, ValueError, TypeError, AttributeError) as error:  # format 1 has no checksum
             cure = files.mend_manifest()
             raise CorruptStoreError(f"{files.place}/{MANIFEST}: is damaged ({error!r}). {cure}") from error
+        if absent:
+            raise CorruptStoreError(files.cure(dict.fromkeys(absent, "is not in the manifest")))
+        return store
+
+    def _absent(self) -> list[str]:
+        """Shards that the store needs and its manifest does not name."""
+        columns = dict.fromkeys(f"latents-{size}" for size in self.sizes)
+        for each in self.text_sets.values():
+            columns |= dict.fromkeys((each.tokens, each.table, each.words))
+        chunks = range(len(self.manifest["chunks"]))
+        names = (shard_name(column, chunk) for column in (*columns, "rows", "json") for chunk in chunks)
+        return [name for name in names if name not in self._entries]
 
     @property
     def place(self) -> str:

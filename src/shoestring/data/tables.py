@@ -83,7 +83,10 @@ class ParquetSource(SequentialSource):
 
 
 class HubSource(SequentialSource):
-    """A streamed data set of `datasets`: nothing is downloaded before it is read."""
+    """A streamed data set of `datasets`: nothing is downloaded before it is read.
+
+    `commit` is what fixes its content on the hub, empty where that is not known.
+    """
 
     def __init__(
         self,
@@ -92,11 +95,14 @@ class HubSource(SequentialSource):
         image_column: str | None = None,
         caption_columns: Sequence[str] = (),
         split: str = "train",
+        commit: str = "",
     ) -> None:
         import datasets
 
         super().__init__(spec)
-        self.split = split
+        self.dataset, self.split, self.commit = spec.partition("@")[0], split, commit
+        if commit:
+            self.words = [f"{self.dataset}@{commit}"]  # the same content, whatever becomes of its branch
         self._root: Path | None = None  # of images that are paths
         features = dataset.features
         if features is None:
@@ -110,14 +116,21 @@ class HubSource(SequentialSource):
         self._dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
 
     def describe(self) -> dict[str, Any]:
+        content = {"dataset": self.dataset, "commit": self.commit, "split": self.split}
         columns = [self.image_column, *self.caption_columns]
-        return {"kind": "hub", "path": self.spec, "split": self.split, "columns": columns}
+        return {"kind": "hub", "path": self.spec, **content, "columns": columns}
 
     def _base(self, start: int) -> int:
         return self._at if self._iterator is not None and self._at <= start else start
 
     def _records(self, base: int) -> Iterator[Any]:
-        return iter(self._dataset.skip(base) if base else self._dataset)
+        try:
+            yield from self._dataset.skip(base) if base else self._dataset
+        except Exception as error:  # as many kinds as when it is opened
+            raise SourceError(
+                f"{self.spec}: cannot be read on ({_reason(error)}). Check the connection and run the same "
+                "command again, which keeps finished chunks."
+            ) from error
 
     def _load(self, number: int, record: Any) -> Row:
         return _row_of(f"{number:09d}", record, self.image_column, self.caption_columns, self._root)
@@ -140,7 +153,9 @@ class SavedSource(HubSource):
         self._files = files_fingerprint(root, root.glob("*.arrow"))
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "kind": "saved", "rows": self.num_rows, "files": self._files}
+        columns = [self.image_column, *self.caption_columns]
+        said = {"kind": "saved", "path": self.spec, "split": self.split, "columns": columns}
+        return {**said, "rows": self.num_rows, "files": self._files}
 
 
 def is_saved(folder: Path) -> bool:
@@ -157,10 +172,8 @@ def open_saved(
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # a damaged file raises what pyarrow, json or the library's own reading does
-        reason = str(error).strip().split("\n")[0]
         raise SourceError(
-            f"{spec}: a data set saved by `datasets` that cannot be read ({type(error).__name__}: {reason}). "
-            "Save it again."
+            f"{spec}: a data set saved by `datasets` that cannot be read ({_reason(error)}). Save it again."
         ) from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
@@ -172,20 +185,33 @@ def open_saved(
 
 
 def open_hub(spec: str, image_column: str | None, caption_columns: Sequence[str], split: str) -> HubSource:
-    """Stream `owner/name` or `owner/name@revision` from the hub."""
+    """Stream `owner/name` or `owner/name@revision` from the hub, at the commit that is there now."""
     import datasets
 
     name, _, revision = spec.partition("@")
+    commit = _commit_of(name, revision)
     try:
-        dataset = datasets.load_dataset(name, split=split, streaming=True, revision=revision or None)
+        dataset = datasets.load_dataset(name, split=split, streaming=True, revision=commit or None)
     except Exception as error:  # the hub client raises many kinds, from connection to repository errors
-        reason = str(error).strip().split("\n")[0]
         raise SourceError(
-            f"{spec}: no such file or folder, and as a hub data set it cannot be opened "
-            f"({type(error).__name__}: {reason}). "
+            f"{spec}: no such file or folder, and as a hub data set it cannot be opened ({_reason(error)}). "
             "Check the name, the connection and, for a closed set, the login."
         ) from error
-    return HubSource(dataset, spec, image_column, caption_columns, split)
+    return HubSource(dataset, spec, image_column, caption_columns, split, commit)
+
+
+def _commit_of(name: str, revision: str) -> str:
+    """The commit that a revision (empty: the main branch) is now; the revision where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, revision=revision or None, timeout=30).sha or revision
+    except Exception:  # of many kinds too; what cannot be opened either is told there
+        return revision
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
 
 def _row_of(

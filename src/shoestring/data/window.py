@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shoestring.data.order import Group, WindowOrder
+from shoestring.data.resident import MOST, most_open
 from shoestring.data.splits import Rows, Split
 from shoestring.data.store import Store
 from shoestring.errors import StoreError
@@ -38,14 +39,29 @@ class Window:
         return [int(chunk) for chunk in self.chunks[group.chunks]]
 
 
-def make_window(store: Store, split: Split, seed: int, size: int | None) -> Window | None:
-    """The window a loader asks for; None where it would hold every chunk. Raises `StoreError` below 1."""
+def make_window(
+    store: Store, split: Split, seed: int, size: int | None, columns: Sequence[str] = ()
+) -> Window | None:
+    """The window a loader of `columns` asks for; None where it would hold every chunk.
+
+    Raises `StoreError` below 1, and where two windows are more files than the process may have open.
+    """
     if size is None:
         return None
     if size < 1:
         raise StoreError(f"window {size}: give at least 1 chunk, or none to mix all of them.")
     counts = store.rows_by_chunk(split)
-    return None if size >= np.count_nonzero(counts) else Window(split, seed, counts, size)
+    if size >= (chunks := int(np.count_nonzero(counts))):
+        return None
+    files, most = min(2 * size, chunks) * len(columns), most_open()
+    if files > most:
+        fits = max(1, most // (2 * len(columns)))
+        limit = f", or allow more with `ulimit -n {2 * files}`" if files <= MOST else ""
+        raise StoreError(
+            f"{store.place}: two windows of {size} chunks (data.window) are {files:,} open files of "
+            f"{len(columns)} columns; this process may have {most:,}. Use a window of {fits} or less{limit}."
+        )
+    return Window(split, seed, counts, size)
 
 
 class Keeper:

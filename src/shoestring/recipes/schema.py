@@ -70,8 +70,11 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Decay = Annotated[Number, Field(gt=0, lt=1)]
+Width = Annotated[Count, Field(le=1_000_000)]  # larger networks cannot even be counted through
+Layers = Annotated[CountOrNone, Field(le=256)]
+Ratio = Annotated[Positive, Field(le=1_000)]
 Ratios = Annotated[
-    Annotated[Positive, Tag("one")] | Annotated[tuple[Positive, ...], Tag("list")],
+    Annotated[Ratio, Tag("one")] | Annotated[tuple[Ratio, ...], Tag("list")],
     Discriminator(_one_or_list),
 ]
 Blocks = Annotated[
@@ -108,7 +111,7 @@ class Data(Section):
     autoencoder: Text = "pixels"
     text_encoder: Text = "hashing"
     pad: Literal["none", "encoder"] = "none"
-    max_tokens: Count | None = None
+    max_tokens: Width | None = None
     caption_drop: Share = 0.1
 
 
@@ -116,23 +119,23 @@ class MicroDiTModel(Section):
     """MicroDiT's constructor arguments, but for those that follow from the data and the phase."""
 
     kind: Literal["microdit"] = "microdit"
-    patch_size: Count = 2
-    hidden_size: Count = 1024
-    depth: Count = 28
-    head_dim: Count = 64
-    multiple_of: Count = 256
+    patch_size: Width = 2
+    hidden_size: Width = 1024
+    depth: Annotated[Layers, Field(ge=1)] = 28
+    head_dim: Width = 64
+    multiple_of: Width = 256
     qkv_ratio: Ratios = (0.5, 1.0)
     mlp_ratio: Ratios = (0.5, 4.0)
     use_bias: bool = False
-    mixer_depth: CountOrNone = 6
-    mixer_size: Count = 768
+    mixer_depth: Layers = 6
+    mixer_size: Width = 768
     mixer_qkv_ratio: Ratios = 1.0
     mixer_mlp_ratio: Ratios = 4.0
-    num_experts: CountOrNone = 8
+    num_experts: Annotated[CountOrNone, Field(le=10_000)] = 8
     expert_capacity: Positive = 2.0
     expert_blocks: Blocks = 2
     mixer_expert_blocks: Blocks = 2
-    text_depth: CountOrNone = 1
+    text_depth: Layers = 1
     positions: Literal["sincos", "sincos+rope"] = "sincos"
     text_positions: Literal["none", "rope"] = "none"
     qk_norm: Literal["hidden", "head"] = "hidden"
