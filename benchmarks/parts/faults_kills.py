@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from parts.faults_processes import KILLED, PATIENCE, Command, Ended, Server, wait_for
 
-LEAVES = 20.0  # seconds within which a process must end by itself that has lost another
+LEAVES = 60.0  # seconds within which a process must end by itself that has lost another
 ANY_TIME, CHANGE, BEGIN = "any time", "change of the disk", "beginning again"
 
 Moments = Mapping[str, Callable[[], bool]]

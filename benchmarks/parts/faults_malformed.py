@@ -303,11 +303,18 @@ def _put(path: Path, content: Content) -> None:
 
 
 def _state(folder: Path) -> Mapping[str, Any]:
-    """What is below a folder, and when each file changed last."""
-    return {
-        path.relative_to(folder).as_posix(): path.is_file() and (path.stat().st_mtime_ns, path.stat().st_size)
-        for path in folder.rglob("*")
-    }
+    """When each file below a folder changed last, and what folders are empty.
+
+    The claim of a training that was refused stays in the folder of its run, and means nothing by itself.
+    """
+    found: dict[str, Any] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not any(path.iterdir()):
+            found[name] = "empty"
+        elif path.is_file() and path.name != ".claim":
+            found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
+    return found
 
 
 def _changed(before: Mapping[str, Any], folder: Path) -> list[str]:

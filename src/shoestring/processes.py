@@ -153,7 +153,7 @@ def explained(error: BaseException) -> str | None:
         return None
     if isinstance(error, ShoestringError):
         return text if rank == "0" else f"process {rank}: {text}"
-    if _LOST.search(text):
+    if lost_another(error):
         return (
             f"process {rank} of {size} lost another one, which was killed or ran out of memory: see its "
             "machine's log. Go on from the last checkpoint with --resume."
@@ -162,6 +162,11 @@ def explained(error: BaseException) -> str | None:
 
 
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|remote process", re.I)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process went away, of which this one's traceback tells nothing."""
+    return not isinstance(error, ShoestringError) and _LOST.search(str(error)) is not None
 
 
 @dataclass

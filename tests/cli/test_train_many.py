@@ -172,6 +172,7 @@ def test_a_process_that_is_killed_is_missed_in_one_line(
     said = [line for line in other.stderr.splitlines() if line.startswith("error:")]
     assert other.returncode == 1
     assert len(said) == 1
+    assert "Traceback" not in other.stderr
     assert f"process {1 - victim} of 2 lost another one, which was killed" in said[0]
 
 

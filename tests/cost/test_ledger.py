@@ -16,6 +16,7 @@ def filled() -> Ledger:
         phase.steps += images // 20
         phase.flops += 10.0 * images
         phase.seconds += images / 100
+        phase.process_seconds += images / 50
         phase.data_wait_seconds += 0.125
         phase.peak_memory_bytes = memory
     ledger.spend("checkpoint_seconds", 1.0)
@@ -30,6 +31,7 @@ def test_totals_are_sums_and_memory_is_the_highest_peak() -> None:
         "steps": 5,
         "flops": 1000.0,
         "seconds": 1.0,
+        "process_seconds": 2.0,
         "data_wait_seconds": 0.25,
         "peak_memory_bytes": 7_000,
     }

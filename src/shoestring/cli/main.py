@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if "WORLD_SIZE" not in os.environ:
             raise
-        if _say_once(error):
+        from shoestring.processes import lost_another
+
+        if _say_once(error) and not lost_another(error):
             traceback.print_exc()
         raise SystemExit(1) from None
     except KeyboardInterrupt:
