@@ -86,6 +86,7 @@ def make_training(
         training.restore(saved)
     if world.is_main:
         checkpoint.drop_newer(run.checkpoints, images)
+        training.saver.prune(images)
         training.trackers = _trackers(recipe, run, images)
         _show(training, Exhibit(recipe, store, run))
         write_text(run.recipe, dump(recipe))
@@ -104,8 +105,9 @@ def _where_to_begin(
     """The checkpoint that a resumed run goes on from; None for a new run, or where there is none yet."""
     if world.is_main:
         check_claim(recipe, run, resume, log)
-        if resume:
-            remove_leftovers(run.root)
+        if run.checkpoints.exists() and not run.checkpoints.is_dir():
+            raise CheckpointError(f"{run.checkpoints}: is a file where a folder belongs. Move it away.")
+        remove_leftovers(run.root)  # of a run that was killed before it had its recipe.yaml, too
     if len(set(world.gather(facts["store"]))) > 1:
         raise StoreError(f"{store.place}: changed while the processes opened it. Start again.")
     if not resume:

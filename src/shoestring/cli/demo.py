@@ -39,7 +39,7 @@ def demo(
     chosen = pick_device(device)
     run = RunFolder(runs / (name or (f"demo-{minutes:g}min" if minutes else "demo")))
     resume = run.recipe.is_file()
-    sets = [*(set_ or ()), f"name={run.root.name}"]
+    sets = [*(set_ or ()), f"name={name if name is not None else run.root.name}"]
     if resume and minutes:
         sets = []  # images that were fitted into minutes stay as they are
     recipe = load_recipe(run.recipe if resume else "demo", sets)
@@ -48,12 +48,13 @@ def demo(
     if minutes and not resume:
         recipe = estimate.fitted(recipe, minutes, chosen, _say)
     store = build.open_store(recipe, device=chosen, log=_say)
-    training = build.make_training(recipe, run, store, device=chosen, resume=resume, log=_say)
-    if training.finished:
-        _say(f"{run.root} is trained already; measuring it again. Remove the folder to train anew.")
-    elif not training.train():
-        _say(f"Stopped; a checkpoint is saved. Run the same command again to go on with {run.root}.")
-        raise typer.Exit(INTERRUPTED)
+    with build.claimed(run):
+        training = build.make_training(recipe, run, store, device=chosen, resume=resume, log=_say)
+        if training.finished:
+            _say(f"{run.root} is trained already; measuring it again. Remove the folder to train anew.")
+        elif not training.train():
+            _say(f"Stopped; a checkpoint is saved. Run the same command again to go on with {run.root}.")
+            raise typer.Exit(INTERRUPTED)
     rows = measure_run(run, device=chosen, log=_say)
     report = write_report(run)
     score = {row["split"]: row for row in rows if (row["metric"], row["facet"]) == ("scene_accuracy", "all")}

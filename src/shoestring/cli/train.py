@@ -39,7 +39,7 @@ def train(
     """
     from shoestring.processes import join
 
-    sets = [*(set_ or ()), *([f"train.dtype={dtype}"] if dtype else [])]
+    sets = [*(set_ or ()), *([f"train.dtype={dtype}"] if dtype is not None else [])]
     with join(device) as (world, own_device):
         loaded, run = _recipe_and_run(recipe, sets, name, runs)
         if dry_run:
@@ -102,11 +102,11 @@ def _recipe_and_run(recipe: str, sets: list[str], name: str | None, runs: Path) 
     """The resolved recipe and the run's folder; a run folder in place of a recipe means its own recipe."""
     from shoestring.recipes.load import load_recipe
 
-    if name:
+    if name is not None:
         sets = [*sets, f"name={name}"]
     folder = Path(recipe)
     if (folder / "recipe.yaml").is_file():
         loaded = load_recipe(folder / "recipe.yaml", sets)
-        return loaded, runs / loaded.name if name else folder
+        return loaded, runs / loaded.name if name is not None else folder
     loaded = load_recipe(recipe, sets)
     return loaded, runs / loaded.name

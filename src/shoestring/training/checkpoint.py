@@ -252,11 +252,17 @@ class Saver:
             _put(aside / _MARKER, _seal(digest))
             flush(aside)
             put_in_place(aside, path)
-            there = [int(name) for name in _names(self._folder)]
-            # None beyond this one is counted: those are damaged, and must not stand for it.
-            upto = [images for images in there if images <= int(path.name)]
-            for images in superfluous(upto, self._keep, self._keep_every):
-                _drop(self._folder / f"{images:0{_DIGITS}d}")
+            self.prune(int(path.name))
+
+    def prune(self, newest: int) -> None:
+        """Remove checkpoints that are not to be kept; for the main process, also as it resumes at `newest`.
+
+        None beyond it is counted: those are damaged, and must not stand for it.
+        """
+        there = [int(name) for name in _names(self._folder)]
+        upto = [images for images in there if images <= newest]
+        for images in superfluous(upto, self._keep, self._keep_every):
+            _drop(self._folder / f"{images:0{_DIGITS}d}")
 
 
 def together(world: World, act: Callable[[], T]) -> list[T]:
