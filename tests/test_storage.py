@@ -230,3 +230,12 @@ def test_what_a_library_wrote_for_its_owner_alone_gets_the_usual_mode(tmp_path: 
         aside.mkdir()
         (aside / "file").touch(mode=0o600)
     assert (tmp_path / "folder" / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_claim_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    with claim(tmp_path / "runs" / "new"):
+        assert (tmp_path / "runs" / "new").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with claim(tmp_path / "runs" / "new"):
+        (tmp_path / "runs" / "new" / "recipe.yaml").touch()
+    assert [path.name for path in (tmp_path / "runs" / "new").iterdir()] == ["recipe.yaml"]

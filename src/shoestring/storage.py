@@ -145,9 +145,10 @@ def claim(folder: Path) -> Iterator[None]:
     `.claim`) and frees it when its holder ends, however it ends; a `.claim` that a killed process left means
     nothing by itself. Between machines the lock holds where their shared file system passes it on: NFS on
     Linux does unless mounted with `nolock` or `local_lock`, Lustre does with `flock`. Where there are no
-    locks, nothing is kept apart. A folder made for this goes again where nothing else was written there.
+    locks, nothing is kept apart. Folders made for this go again where nothing else was written there.
     """
-    path, new = folder / _CLAIM, not folder.exists()
+    path = folder / _CLAIM
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     with writing_to(path):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -158,9 +159,9 @@ def claim(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            if new:
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
+            with suppress(OSError):  # one is not empty
+                for each in new:
+                    each.rmdir()
     finally:
         os.close(lock)
 
