@@ -82,18 +82,26 @@ class Bench:
     jobs: int
     tallies: list[Tally] = field(default_factory=list)
 
-    def fill(self, tally: Tally, attempt: Attempt, enough: int, jobs: int | None = None) -> None:
+    def fill(
+        self,
+        tally: Tally,
+        attempt: Attempt,
+        enough: int,
+        *,
+        jobs: int | None = None,
+        attempts: int = 1_000_000,
+    ) -> None:
         """Attempt again and again, several at once, until `enough` faults were tried."""
         began, lock = time.monotonic(), threading.Lock()
-        numbers = iter(range(1_000_000))
+        numbers = iter(range(attempts))
         name = "".join(letter if letter.isalnum() else "-" for letter in f"{tally.metric}-{tally.kind}")
 
         def work() -> None:
             while True:
                 with lock:
-                    if tally.tried >= enough:
+                    number = next(numbers, None)
+                    if number is None or tally.tried >= enough:
                         return
-                    number = next(numbers)
                 place = self.folder / name / f"{number}"
                 place.parent.mkdir(exist_ok=True)
                 faults, problems = attempt(place, random.Random(f"{self.seed}/{tally.kind}/{number}"))
@@ -125,7 +133,7 @@ def kill(bench: Bench, server: Server, job: Job, enough: int) -> None:
         log = [f"what happened: {tried.log}"] if tried.problems else []
         return sum(tried.kills.values()), [*tried.problems, *log]
 
-    bench.fill(tally, attempt, enough, 1 if job.tied else None)
+    bench.fill(tally, attempt, enough, jobs=1 if job.tied else None)
 
 
 def flip(bench: Bench, server: Server, job: Job, enough: int) -> None:
@@ -151,10 +159,9 @@ def malform(bench: Bench, server: Server, enough: int, every: int) -> None:
     table = [*mistakes()][::every]
 
     def one_of_table(place: Path, chance: random.Random) -> tuple[int, Sequence[str]]:
-        number = int(place.name)  # two at once may go beyond the end
-        return (1, world.mistake(place, table[number])) if number < len(table) else (0, [])
+        return 1, world.mistake(place, table[int(place.name)])
 
-    bench.fill(Tally("malformed", "mistakes of a table"), one_of_table, len(table))
+    bench.fill(Tally("malformed", "mistakes of a table"), one_of_table, len(table), attempts=len(table))
     bench.fill(Tally("malformed", "junk under recipes' keys"), _once(world.junk_key), enough // 2)
     bench.fill(Tally("malformed", "random bytes in files"), _once(world.junk_bytes), enough - enough // 2)
 
