@@ -127,7 +127,9 @@ def trial(
         said, dying, at_work = _strike(server, job, whole, folder, moment, chance, number == 0)
         killed = any(said[each].code == KILLED and not said[each].late for each in dying)
         tried.kills[moment] += killed
-        tried.problems += _ends(job, said, dying, at_work) if killed else _failures(said)
+        # A kill that came too late still ends the others, as torchrun does: that is no failure of theirs.
+        missed = [ended for ended in said if ended.code != -signal.SIGTERM]
+        tried.problems += _ends(job, said, dying, at_work) if killed else _failures(missed)
         tried.problems += job.lost(finished, folder, said)
         finished = job.finished(folder)
         tried.log.append((moment, sorted(dying), killed, finished, said))
