@@ -99,11 +99,12 @@ def make_cases(
 ) -> list[Case]:
     """The phases' steps on one network and one optimiser."""
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": compiled})})
-    objective = build.make_objective(recipe, build.make_network(recipe, store, phases[0]).to(s.device))
+    system = build.system_of(recipe.model_copy(update={"phases": tuple(phases)}), store)
+    parts = system.parts({name: each.to(s.device) for name, each in system.networks(phases[0]).items()})
     ledger = Ledger("", "", 0, "", 0)
-    plans = [build.plan_phase(recipe, phase, 0, store, objective, ledger) for phase in phases]
+    plans = [build.plan_phase(system, phase, parts, ledger) for phase in phases]
     settings = LoopSettings(s.device, s.dtype)
-    turns = [build.make_turn(recipe, objective, device=s.device, dtype=s.dtype)]
+    turns = build.make_turns(recipe, parts, device=s.device, dtype=s.dtype)
     nowhere = RunFolder(Path())
     saver = Saver(nowhere.checkpoints, keep=1, keep_every=None, background=False)
     training = Training(turns, plans, nowhere, Trackers([]), settings, ledger, saver)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoestring import build
-from shoestring.build.networks import load_weights
+from shoestring.build.microdit import MicroDiTSystem, load_weights
 from shoestring.cost.ledger import Ledger
 from shoestring.data.encode import EncodeSettings, encode
 from shoestring.data.rows import Row
@@ -22,6 +22,7 @@ from shoestring.objectives.flow import FlowObjective
 from shoestring.recipes.load import dump, load_recipe
 from shoestring.recipes.schema import Recipe
 from shoestring.storage import RunFolder, write_text
+from shoestring.training.loop import PhasePlan
 
 CPU = torch.device("cpu")
 SMALL = ("model.hidden_size=32", "model.mixer_size=32", "model.depth=1", "model.head_dim=16")
@@ -56,6 +57,17 @@ def store(tmp_path: Path) -> Store:
     return made
 
 
+def network_of(recipe: Recipe, store: Store, phase: int) -> Any:
+    return build.system_of(recipe, store).networks(recipe.phases[phase])["transformer"]
+
+
+def planned(recipe: Recipe, store: Store) -> tuple[Any, list[PhasePlan]]:
+    """The objective of a recipe's one turn, and its phases."""
+    system = build.system_of(recipe, store)
+    parts = system.parts(system.networks(recipe.phases[0]))
+    return parts[0].objective, build.plan_phases(system, parts, Ledger("", "", 0, "", 0))
+
+
 TWO_SIZES = """
 data: {store: a store}
 objective: {kind: edm, sigma_data: 0.5, p_mean: -0.6}
@@ -70,29 +82,28 @@ phases:
 def test_initial_weights_depend_on_the_seed_alone(tmp_path: Path, store: Store) -> None:
     one = recipe(tmp_path)
     torch.manual_seed(1)
-    first = build.make_network(one, store, one.phases[0]).state_dict()
+    first = network_of(one, store, 0).state_dict()
     before = torch.get_rng_state()
-    again = build.make_network(one, store, one.phases[1]).state_dict()
+    again = network_of(one, store, 1).state_dict()
     assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
     other = recipe(tmp_path, "seed: 1")
-    third = build.make_network(other, store, other.phases[0]).state_dict()
+    third = network_of(other, store, 0).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["patch_embed.weight"], third["patch_embed.weight"])
 
 
 def test_the_network_fits_the_store(tmp_path: Path, store: Store) -> None:
     two = recipe(tmp_path, TWO_SIZES)
-    config = build.make_network(two, store, two.phases[1]).config
+    config = network_of(two, store, 1).config
     assert (config.in_channels, config.caption_channels) == (3, store.text_width)
     assert (config.sample_size, config.pos_interp_scale) == (32, 2)
 
 
 def test_each_phase_sets_its_own_numbers(tmp_path: Path, store: Store) -> None:
     two = recipe(tmp_path, TWO_SIZES)
-    network = build.make_network(two, store, two.phases[0])
-    objective = build.make_objective(two, network)
+    objective, plans = planned(two, store)
     assert isinstance(objective, EDMObjective)
-    plans = build.plan_phases(two, store, objective, Ledger("", "", 0, "", 0))
+    network: Any = objective.trained["transformer"]
     for number, (mask, p_mean, side, scale) in enumerate(
         [(0.5, -0.6, 16, 1), (0.0, 0.4, 32, 2), (0.5, -0.6, 16, 1)]
     ):
@@ -121,8 +132,7 @@ def test_an_annealed_mask_is_set_before_each_step_and_costs_what_each_ratio_does
     tmp_path: Path, store: Store
 ) -> None:
     annealed = recipe(tmp_path, ANNEALED)
-    objective = build.make_objective(annealed, build.make_network(annealed, store, annealed.phases[0]))
-    plan, dense = build.plan_phases(annealed, store, objective, Ledger("", "", 0, "", 0))
+    objective, (plan, dense) = planned(annealed, store)
     plan.enter()
     assert objective.mask == 0.75
     seen = []
@@ -132,10 +142,11 @@ def test_an_annealed_mask_is_set_before_each_step_and_costs_what_each_ratio_does
     ratios = [0.75, 0.5, 0.25, 0.0]
     assert [mask for mask, _, _ in seen] == pytest.approx(ratios)
     assert [told for _, told, _ in seen] == pytest.approx(ratios)
-    flops = build.phase_flops(annealed, annealed.phases[0], store)
+    flops = build.phase_flops(build.system_of(annealed, store), annealed.phases[0])
+    assert list(flops) == [0, 6, 12, 18]
     assert [cost for _, _, cost in seen] == list(flops.values())
     assert list(flops.values()) == sorted(flops.values()), "fewer operations, the more is masked"
-    assert flops[0.0] == dense.flops_per_image(0)
+    assert flops[18] == dense.flops_per_image(0)
     entry = plan.cost()
     assert (entry.mask, entry.mask_end, dense.cost().mask_end) == (0.75, 0.0, None)  # type: ignore[attr-defined]
     assert (plan.microbatch, dense.microbatch) == (3, 2)
@@ -161,8 +172,7 @@ def test_a_mask_that_leaves_too_little_of_the_stores_pictures_is_refused(
 def test_phases_go_on_in_the_data_where_the_last_one_stopped(tmp_path: Path, store: Store) -> None:
     """Positions count through the run, also from the middle of a phase; the last batch is short."""
     two = recipe(tmp_path, TWO_SIZES, "phases.1.images=20")
-    objective = build.make_objective(two, build.make_network(two, store, two.phases[0]))
-    plans = build.plan_phases(two, store, objective, Ledger("", "", 0, "", 0))
+    _, plans = planned(two, store)
     seen = [int(i) for plan in plans for batch in plan.batches(0) for i in batch.index]
     assert seen == list(range(44))
     assert [len(batch) for batch in plans[1].batches(0)] == [8, 8, 4]
@@ -219,7 +229,7 @@ def test_init_serves_any_resolution_position_scale_and_expert_capacity(tmp_path:
 
 def test_flow_numbers_arrive_too(tmp_path: Path, store: Store) -> None:
     one = recipe(tmp_path, "", "objective.shift=0.7", "objective.weight_cap=9", "data.caption_drop=0.25")
-    objective = build.make_objective(one, build.make_network(one, store, one.phases[0]))
+    objective, _ = planned(one, store)
     assert isinstance(objective, FlowObjective)
     assert (objective.shift, objective.weight_cap, objective.caption_drop) == (0.7, 9, 0.25)
     assert objective.prediction == "x0"
@@ -227,8 +237,9 @@ def test_flow_numbers_arrive_too(tmp_path: Path, store: Store) -> None:
 
 def test_the_pipeline_reads_captions_as_the_store_did(tmp_path: Path, store: Store) -> None:
     two = recipe(tmp_path, TWO_SIZES)
-    network = build.make_network(two, store, two.phases[0])
-    pipeline = build.make_pipeline(two, network, store)
+    network, system = network_of(two, store, 0), build.system_of(two, store)
+    assert isinstance(system, MicroDiTSystem)
+    pipeline = system.pipeline({"transformer": network})
     assert pipeline.transformer is network, "shared: previews show the weights of now"
     config = pipeline.config
     assert (config.prediction, config.text_pad, config.max_tokens) == ("edm", "none", 8)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shoestring import build
-from shoestring.build.networks import compile_network, most_graphs
+from shoestring.build.compiling import compile_network, most_graphs
 from shoestring.cost.ledger import Ledger
 from shoestring.data.encode import EncodeSettings, encode
 from shoestring.data.store import Store
@@ -76,12 +76,14 @@ def test_there_is_one_graph_for_each_shape_of_every_phase_and_one_for_all_length
 ) -> None:
     """Counted on dynamo's own graphs, run as they were captured; more than the eight it keeps by default."""
     store = Store.open("store")
-    network = build.make_network(recipe, store, recipe.phases[0])
-    objective = build.make_objective(recipe, network)
+    system = build.system_of(recipe, store)
+    networks = system.networks(recipe.phases[0])
+    parts, network = system.parts(networks), networks["transformer"]
+    objective: Any = parts[0].objective
     compile_network(recipe, network, backend="eager")
     shapes: set[tuple[int, ...]] = set()
     lengths: set[int] = set()
-    for plan in build.plan_phases(recipe, store, objective, Ledger("", "", 0, "", 0)):
+    for plan in build.plan_phases(system, parts, Ledger("", "", 0, "", 0)):
         plan.enter()
         for number, batch in enumerate(plan.batches(0)):
             plan.advance(number * plan.batch)
@@ -101,7 +103,7 @@ def test_there_is_one_graph_for_each_shape_of_every_phase_and_one_for_all_length
 
 @pytest.mark.usefixtures("fresh_graphs")
 def test_parts_of_a_sharded_network_count_their_graphs_together(recipe: Recipe) -> None:
-    network = build.make_network(recipe, Store.open("store"), recipe.phases[0])
+    network: Any = build.system_of(recipe, Store.open("store")).networks(recipe.phases[0])["transformer"]
     compile_network(recipe, network, tuple(network.transformer_blocks), backend="eager")
     assert torch._dynamo.config.recompile_limit == 2 * most_graphs(recipe)
     assert torch._dynamo.config.accumulated_recompile_limit >= 2 * most_graphs(recipe)

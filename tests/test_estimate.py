@@ -66,11 +66,10 @@ def test_cost_lines_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         CPU,
         lambda text: None,  # type: ignore[arg-type]
     )
-    network = build.make_network(recipe, store, recipe.phases[0])
+    system = build.system_of(recipe, store)
+    network = system.networks(recipe.phases[0])["transformer"]
     assert parameters == f"parameters: {sum(p.numel() for p in network.parameters()):,}"
-    (costs_masked,), (costs_dense,) = (
-        build.phase_flops(recipe, phase, store).values() for phase in recipe.phases
-    )
+    (costs_masked,), (costs_dense,) = (build.phase_flops(system, phase).values() for phase in recipe.phases)
     costs = [costs_masked * 960, costs_dense * 960]
     assert f"960 images of 32 px, mask 0.5: {costs[0] / 960e6:.3g} MFLOP an image" in masked
     assert f"{costs[1] / 1e9:.3g} GFLOP" in dense

@@ -34,8 +34,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, RunFo
     monkeypatch.chdir(tmp_path)
     recipe, run = load_recipe("demo", SMALL), RunFolder(Path("runs/x"))
     store = build.open_store(recipe, device=CPU, log=silent)
-    network = build.make_network(recipe, store, recipe.phases[0])
-    build.make_pipeline(recipe, network, store).save_pretrained(run.pipeline)
+    system = build.system_of(recipe, store)
+    system.product(system.networks(recipe.phases[0])).export(run)
     write_text(run.recipe, dump(recipe))
     return recipe, run, store
 
@@ -92,9 +92,11 @@ def test_the_held_out_loss_is_the_objectives_mean_over_the_splits_first_rows(
 ) -> None:
     recipe, run, store = made
     rows = measure.measure_run(run, device=CPU, log=silent, prompts=1, seeds=1)
-    network = build.make_network(recipe, store, recipe.phases[-1])
-    objective = build.make_objective(recipe, network.eval())
-    build.enter_phase(recipe, recipe.phases[-1], store, objective)
+    system = build.system_of(recipe, store)
+    networks = system.networks(recipe.phases[-1])
+    parts = system.parts({name: network.eval() for name, network in networks.items()})
+    system.enter(recipe.phases[-1], parts)
+    objective: Any = parts[0].objective
     assert objective.mask == 0
     loader = Loader(store, size=32, split="unseen_pairs", batch_size=10, seed=recipe.seed)
     batch = loader.batch(0, 10)

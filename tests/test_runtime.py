@@ -11,6 +11,8 @@ from shoestring.errors import RecipeError
 from shoestring.runtime import (
     PeakMemory,
     autocast,
+    full_precision,
+    keyed_generator,
     keyed_normal,
     keyed_seed,
     keyed_uniform,
@@ -104,3 +106,36 @@ def test_peak_memory_sees_an_allocation() -> None:
     block = torch.ones(256 * 2**20, dtype=torch.uint8)
     assert meter.bytes() >= before + 200 * 2**20
     del block
+
+
+def test_the_keyed_generator_depends_on_its_key_and_leaves_the_global_one_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with keyed_generator(0, "dropout", INDEX):
+        drawn = torch.rand(100)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    with keyed_generator(0, "dropout", INDEX[:1]):
+        assert torch.equal(torch.rand(100), drawn)
+    for seed, stream, index in ((1, "dropout", INDEX), (0, "other", INDEX), (0, "dropout", INDEX[1:])):
+        with keyed_generator(seed, stream, index):
+            assert not torch.equal(torch.rand(100), drawn)
+    with keyed_generator(0, "dropout", INDEX.to("meta")):
+        pass
+
+
+def test_the_keyed_generator_is_left_as_it_was_when_something_fails() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="size"), keyed_generator(0, "dropout", INDEX):
+        torch.rand(2) + torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_full_precision_undoes_autocast() -> None:
+    device, x = torch.device("cpu"), torch.rand(4, 4)
+    with autocast(device, torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with full_precision(device):
+            assert (x @ x).dtype == torch.float32
+    with full_precision(torch.device("meta")):
+        pass

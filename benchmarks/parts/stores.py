@@ -79,7 +79,7 @@ def _write_chunk(
     generator: np.random.Generator,
 ) -> dict[str, Any]:
     """One chunk's shards; its marker."""
-    lengths = generator.integers(TOKENS if pad == "encoder" else LEAST_TOKENS, TOKENS + 1, rows)
+    lengths = generator.integers(LEAST_TOKENS if pad == "none" else TOKENS, TOKENS + 1, rows)
 
     def normal(*shape: int) -> np.ndarray[Any, Any]:
         return generator.standard_normal(shape, np.float32).astype(np.float16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from shoestring import build
 from shoestring.cost.ledger import Ledger
 from shoestring.data.store import Store
-from shoestring.errors import StoreError
+from shoestring.errors import CheckpointError, RecipeError, StoreError
 from shoestring.interfaces import Log
 from shoestring.recipes.schema import Ema, MaskRamp, Phase, Recipe
 from shoestring.runtime import pick_dtype, set_threads
@@ -30,15 +31,19 @@ def cost_lines(recipe: Recipe, device: torch.device) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             store = _store_to_try(recipe, Path(folder), device)
-        except StoreError as error:
+        except (StoreError, RecipeError, CheckpointError) as error:
             return [f"cost: unknown until the store is there. {error}"]
+        system = build.system_of(recipe, store)
         with torch.device("meta"):
-            network = build.make_network(recipe, store, recipe.phases[0])
-        lines = [f"parameters: {sum(p.numel() for p in network.parameters()):,}"]
+            networks = system.networks(recipe.phases[0])
+        lines = [
+            f"parameters: {sum(p.numel() for p in network.parameters()):,}"
+            + (f" ({name})" if len(networks) > 1 else "")
+            for name, network in networks.items()
+        ]
         total = 0.0
         for phase in recipe.phases:
-            flops = build.phase_flops(recipe, phase, store)
-            of_phase = sum(flops[ratio] * images for ratio, images in phase.masks)
+            of_phase = build.accumulated(system, phase)
             total += of_phase
             lines.append(
                 f"phase {phase.name}: {phase.images:,} images of {phase.size} px, mask {_mask(phase)}: "
@@ -72,11 +77,12 @@ def phase_seconds(recipe: Recipe, phase: Phase, store: Store, device: torch.devi
 def images_per_second(recipe: Recipe, phase: Phase, store: Store, device: torch.device) -> float:
     """Speed of a phase on this machine, from a few seconds of real steps that are thrown away."""
     endless = phase.model_copy(update={"images": 10**12})
-    objective = build.make_objective(recipe, build.make_network(recipe, store, phase).to(device))
-    ledger = Ledger("", "", 0, "", 0)
-    plan = build.plan_phase(recipe, endless, 0, store, objective, ledger)
+    system = build.system_of(recipe.model_copy(update={"phases": (endless,)}), store)
+    parts = system.parts({name: network.to(device) for name, network in system.networks(phase).items()})
+    plan = build.plan_phase(system, endless, parts, Ledger("", "", 0, "", 0))
     settings = LoopSettings(device, pick_dtype(recipe.train.dtype, device))
-    turns = [build.make_turn(recipe, objective, device=device)]
+    ledger = Ledger("", "", 0, "", 0)
+    turns = build.make_turns(recipe, [replace(part, start=0) for part in parts], device=device)
     nowhere = RunFolder(Path())
     saver = Saver(nowhere.checkpoints, keep=1, keep_every=None, background=False)
     training = Training(turns, [plan], nowhere, Trackers([]), settings, ledger, saver)

@@ -18,7 +18,7 @@ class Batch:
                                  every random draw is keyed by it, never by the place in the batch
     latents       (B, C, H, W)   float32, scaled as the model sees them (autoencoder's scaling applied)
     text          (B, L, C_text) float32 token embeddings, zero where `text_mask` is False
-    text_mask     (B, L) bool    True for real tokens; None when every token counts (`pad: encoder`)
+    text_mask     (B, L) bool    True for real tokens; None when every token counts (padded text)
     captions      B strings      the caption drawn for each image
     extra         named (B, ...) tensors some objectives need (pooled text, size and crop ids, pixels)
     """

@@ -9,21 +9,30 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
 
 from shoestring import build
-from shoestring.data.scenes import Scene
+from shoestring.data.scenes import Scene, render_many
 from shoestring.data.store import Store
 from shoestring.errors import CheckpointError
 from shoestring.evaluation import run as metrics
+from shoestring.evaluation.reconstruction import compression, reconstruction_rows
 from shoestring.interfaces import Log, MetricRow
+from shoestring.models.autoencoders import (
+    PIXELS,
+    PixelAutoencoder,
+    decode_latents,
+    encode_images,
+    scale_latents,
+)
 from shoestring.pipelines.generate import Picture, generate, save_png
-from shoestring.pipelines.load import load
 from shoestring.recipes.load import load_recipe
 from shoestring.recipes.schema import Recipe
 from shoestring.runtime import keyed_seed
 from shoestring.storage import RunFolder, atomic_path, read_json, write_json
 
 GALLERY = 48
+RECONSTRUCTED_AT_ONCE = 64
 
 
 def measure_run(
@@ -38,8 +47,9 @@ def measure_run(
 ) -> list[MetricRow]:
     """Measure a run and write `evaluation.json` and `samples/`; numbers not given are the recipe's.
 
-    Scene accuracy, chance and the parser's ceiling on every held-out split that has scenes; the loss at
-    fixed noise levels on every held-out split, or a row that says why it is unavailable.
+    Scene accuracy, chance and the parser's ceiling on every held-out split that has scenes; how near pictures
+    come back from latents, where there are latents; the loss on every held-out split, or a row that says why
+    it is unavailable.
     """
     started = time.perf_counter()
     recipe = load_recipe(run.recipe)
@@ -48,22 +58,30 @@ def measure_run(
             f"{run.root}: no pipeline yet, so nothing to measure. "
             f"Let it reach a checkpoint: shoestring train {run.root} --resume"
         )
-    pipeline = load(run.root).to(device)
     store = build.open_store(recipe, device=device, log=log)
-    settings: dict[str, Any] = {
-        "prompts": prompts or recipe.evaluation.prompts,
-        "seeds": seeds or recipe.evaluation.seeds,
-        "steps": steps or recipe.sampling.steps,
-        "guidance": recipe.sampling.guidance if guidance is None else guidance,
-    }
+    system = build.system_of(recipe, store)
+    opened = system.opened(run)
+    for network in (*opened.networks.values(), opened.autoencoder, *filter(None, [opened.pipeline])):
+        network.to(device)
+    settings: dict[str, Any] = {"prompts": prompts or recipe.evaluation.prompts}
+    if opened.pipeline is not None:
+        assert recipe.sampling is not None, "checked by the recipe"
+        settings |= {
+            "seeds": seeds or recipe.evaluation.seeds,
+            "steps": steps or recipe.sampling.steps,
+            "guidance": recipe.sampling.guidance if guidance is None else guidance,
+        }
     rows: list[MetricRow] = []
     held_out = [name for name in store.splits if name != "train"]
     for split in held_out:
-        if scenes := _scenes(store, split, settings["prompts"]):
+        scenes = _scenes(store, split, settings["prompts"])
+        if scenes and opened.pipeline is not None:
             log(f"{split}: {len(scenes)} prompts x {settings['seeds']} seeds")
-            rows += _scene_rows(recipe, run, pipeline, store, split, scenes, settings)
+            rows += _scene_rows(recipe, run, opened.pipeline, store, split, scenes, settings)
+        if not isinstance(opened.autoencoder, PixelAutoencoder):
+            rows += _reconstruction_rows(recipe, run, opened, system, split, scenes)
     for split in held_out:
-        rows += _loss_rows(recipe, pipeline, store, split, device)
+        rows += _loss_rows(system, opened, split, device)
     if not held_out:
         rows.append(_unavailable("the store has no held-out images; encode with --held-out N"))
     write_json(run.evaluation, {"rows": rows, "settings": settings})
@@ -126,15 +144,67 @@ def _save_gallery(
         write_json(aside / "index.json", index)
 
 
-def _loss_rows(
-    recipe: Recipe, pipeline: DiffusionPipeline, store: Store, split: str, device: torch.device
+def _reconstruction_rows(
+    recipe: Recipe,
+    run: RunFolder,
+    opened: build.Opened,
+    system: build.AnySystem,
+    split: str,
+    scenes: Sequence[Scene],
 ) -> list[MetricRow]:
-    side = pipeline.transformer.config.sample_size
-    trained_at = [phase for phase in recipe.phases if store.latent_shape(phase.size)[1] == side]
-    phase = trained_at[-1]
-    objective = build.make_objective(recipe, pipeline.transformer)
-    build.enter_phase(recipe, phase, store, objective)
-    return build.held_out_rows(recipe, objective, store, split, phase.size, device)
+    """How near held-out pictures come back from the latents; nothing where the store has no pictures.
+
+    Where latents are trained on, this is the ceiling of what can be drawn with them.
+    """
+    size = recipe.phases[-1].size
+    if scenes:
+        pixels = torch.from_numpy(render_many(scenes, size)).permute(0, 3, 1, 2).float() / 255
+    elif recipe.data.autoencoder == PIXELS:
+        count = recipe.evaluation.prompts
+        batches = [batch.latents for batch in system.held_out(split, size, count)]
+        pixels = (torch.cat(batches) + 1) / 2
+    else:
+        return []
+    made: list[torch.Tensor] = []
+    shape: tuple[int, ...] = ()
+    for part in pixels.split(RECONSTRUCTED_AT_ONCE):
+        raw, _ = encode_images(opened.autoencoder, part.to(_device(opened.autoencoder)) * 2 - 1)
+        decoded = decode_latents(opened.autoencoder, scale_latents(opened.autoencoder, raw))
+        made.append(((decoded + 1) / 2).cpu())
+        shape = tuple(raw.shape[1:])
+    pictures = torch.cat(made)
+    if opened.pipeline is None:
+        _save_reconstructions(run, split, pixels, pictures)
+    return [
+        *reconstruction_rows(pixels, pictures, split, scenes=scenes or None),
+        *compression(pixels.shape[1:], shape, split),
+    ]
+
+
+def _save_reconstructions(run: RunFolder, split: str, originals: torch.Tensor, made: torch.Tensor) -> None:
+    """`samples/<split>/`: each picture beside what became of it."""
+    with atomic_path(run.samples / split) as aside:
+        aside.mkdir(parents=True)
+        for number, pair in enumerate(zip(originals[:GALLERY], made[:GALLERY], strict=True)):
+            pixels = (torch.cat(pair, dim=2).clamp(0, 1) * 255).round().to(torch.uint8)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(aside / f"{number:05d}.png")
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _loss_rows(
+    system: build.AnySystem, opened: build.Opened, split: str, device: torch.device
+) -> list[MetricRow]:
+    phase = system.recipe.phases[-1]
+    for network in opened.networks.values():
+        network.eval().requires_grad_(False)
+    parts = system.parts(opened.networks)
+    for part in parts:
+        part.objective.to(device)
+    system.enter(phase, parts)
+    return system.held_out_rows(parts, split, phase.size, device)
 
 
 def _unavailable(reason: str) -> MetricRow:

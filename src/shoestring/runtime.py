@@ -8,8 +8,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -61,6 +61,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype)
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Within `autocast`: compute in the tensors' own types."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def set_threads(count: int | None) -> int:
     """Fix the number of CPU threads (results depend on it in the last bit); returns the number in force."""
     if count is not None:
@@ -95,6 +102,28 @@ def keyed_seed(seed: int, stream: str) -> int:
     """A 63-bit seed for a named purpose, for generators that want one number."""
     digest = hashlib.blake2b(f"{seed}:{stream}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def keyed_generator(seed: int, stream: str, index: Tensor) -> Iterator[None]:
+    """torch's own generators (CPU, CUDA) keyed by (seed, stream, index[0]), for layers that draw from them.
+
+    Within, dropout and stochastic depth depend on that key alone, so a resumed run drops what an unbroken
+    one does; afterwards the global generators stand where they stood. The key is the first image of what one
+    process computes in one pass: unlike the draws above, other numbers of processes or microbatches drop
+    other features. Reads `index[0]` of (B,) back from its device, which waits for it; no keying on `meta`.
+    """
+    if index.device.type == "meta":
+        yield
+        return
+    key = keyed_seed(seed, f"{stream}:{int(index[0])}")
+    cuda = [index.device] if index.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        # Not torch.manual_seed: it also sets the generators of devices that are not restored.
+        torch.default_generator.manual_seed(key)
+        for device in cuda:
+            torch.cuda.default_generators[device.index].manual_seed(key)
+        yield
 
 
 def _keyed_bits(seed: int, stream: str, index: Tensor, count: int) -> Tensor:

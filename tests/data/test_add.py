@@ -469,11 +469,12 @@ def test_commands_add_a_size_captions_and_an_encoder(
     place = str(tables / "s")
     shoestring("store", "add", place, "--size", "24", "--size", "8")
     shoestring("store", "add", place, "--caption-column", "best one", "--text-dtype", "int8")
-    shoestring("store", "add", place, "--text-encoder", str(clip_folder), "--pad", "encoder")
+    shoestring("store", "add", place, "--text-encoder", str(clip_folder), "--pad", "masked")
     store = Store.open(place)
     assert store.sizes == (8, 16, 24, 32)
     assert list(store.text_sets) == ["main", "best-one", "clip"]
     assert store.drawing(["best-one"]).captions(7) == ["the best caption of 7"]
+    assert store.drawing(["clip"]).pad == "masked"
     assert store.drawing(["clip"]).padded_text(np.arange(3))[0].shape == (3, 8, 16)
     shoestring("store", "verify", place)
     capsys.readouterr()

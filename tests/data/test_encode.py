@@ -82,13 +82,18 @@ def test_latents_and_tokens_equal_the_encoders_own(
     assert store.latent_shape(16) == (4, 8, 8)
 
 
-def test_pad_encoder_stores_every_position(
-    rows: MakeRows, list_source: Any, clip_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("pad", ["encoder", "masked"])
+def test_padded_text_is_stored_at_every_position(
+    pad: str, rows: MakeRows, list_source: Any, clip_folder: Path, tmp_path: Path
 ) -> None:
-    store, _ = run(list_source(rows(4)), tmp_path / "s", text_encoder=str(clip_folder), pad="encoder")
-    assert store is not None
-    assert store.pad == "encoder"
-    assert {len(each) for each in store.text(np.arange(4))} == {8}
+    made, _ = run(list_source(rows(4)), tmp_path / "s", text_encoder=str(clip_folder), pad=pad)
+    assert made is not None
+    store = Store.open(tmp_path / "s")
+    assert (store.pad, store.padded) == (pad, True)
+    expected = load_text_encoder(str(clip_folder), pad=pad).encode(store.chosen_captions(np.arange(4)))
+    for ours, theirs in zip(store.text(np.arange(4)), expected.tokens, strict=True):
+        assert ours.shape == (8, 16)
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 
 def test_several_sizes_and_their_ids(list_source: Any, pictures: Any, tmp_path: Path) -> None:

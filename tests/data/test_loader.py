@@ -132,10 +132,11 @@ def test_half_of_the_images_are_mirrored(make_store: MakeStore, rows: MakeRows) 
     assert abs(int(is_plain.sum()) - 500) < 5 * 250**0.5
 
 
-def test_padding_by_the_encoder_needs_no_mask(
-    make_store: MakeStore, rows: MakeRows, clip_folder: Path
+@pytest.mark.parametrize("pad", ["encoder", "masked"])
+def test_padded_text_needs_no_mask(
+    pad: str, make_store: MakeStore, rows: MakeRows, clip_folder: Path
 ) -> None:
-    store = make_store(rows(9), text_encoder=str(clip_folder), pad="encoder")
+    store = make_store(rows(9), text_encoder=str(clip_folder), pad=pad)
     batch = loader(store, extra=("pooled", "size_crop")).batch(0, 8)
     assert batch.text_mask is None
     assert batch.text.shape == (8, 8, 16)

@@ -23,12 +23,16 @@ from shoestring.models.autoencoders import (
     decode_latents,
     encode_images,
     latent_channels,
+    latent_side,
     load_autoencoder,
     sample_latents,
     scale_latents,
+    size_multiple,
     spatial_factor,
     weights_fingerprint,
 )
+from shoestring.models.wuerstchen_autoencoder import WuerstchenAutoencoder
+from shoestring.models.wuerstchen_vqgan import PaellaVQModel
 
 
 def kl(**config: object) -> AutoencoderKL:
@@ -59,11 +63,37 @@ def dc() -> AutoencoderDC:
     )
 
 
+STAGE_A = {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 8, "scale_factor": 0.5}
+
+
+def stage_a() -> PaellaVQModel:
+    torch.manual_seed(0)
+    model = PaellaVQModel(**STAGE_A)
+    for parameter in model.parameters():
+        if parameter.numel() == 6:  # the blocks' gates, zero at first
+            nn.init.normal_(parameter)
+    return model
+
+
+def cascade(input_ratio: float = 0.75, **options: Any) -> WuerstchenAutoencoder:
+    """Two levels of Stage B and a compressor of stride 4: multiples of 16 px, a cell of 16/3."""
+    torch.manual_seed(0)
+    stage = {"block": "fused", "expand": 4, "kernel": 3, "stride": 2, "in": 8, "out": 8, "layers": 1}
+    levels = {"c_hidden": [8, 16], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"]}
+    conditions = {"c_r": 8, "c_cond": 16, "clip_embd": 8, "effnet_embd": 5, "inject_effnet": [True, True]}
+    compressor = {"c_latent": 5, "variant": [stage], "last_channel": 16, "input_ratio": input_ratio}
+    model = WuerstchenAutoencoder(STAGE_A, levels | conditions, compressor | options, decode_steps=2)
+    nn.init.normal_(model.decoder.clf[1].weight, std=0.1)
+    return model
+
+
 MAKERS = {
     "pixels": (PixelAutoencoder, 3, 1),
     "kl": (lambda: kl(scaling_factor=0.13025, shift_factor=0.1), 4, 2),
     "tiny": (tiny, 4, 4),
     "dc": (dc, 8, 2),
+    "stage_a": (stage_a, 4, 4),
+    "cascade": (lambda: cascade(latents_mean=-1, latents_std=42), 5, 16 / 3),
 }
 
 
@@ -77,8 +107,10 @@ def test_shapes_follow_from_channels_and_factor(name: str, images: Tensor) -> No
     make, channels, factor = MAKERS[name]
     model: nn.Module = make().eval()
     mean, log_variance = encode_images(model, images)
-    assert (latent_channels(model), spatial_factor(model)) == (channels, factor)
-    assert mean.shape == (2, channels, 16 // factor, 16 // factor)
+    assert latent_channels(model) == channels
+    assert spatial_factor(model) == pytest.approx(factor)
+    assert mean.shape == (2, channels, latent_side(model, 16), latent_side(model, 16))
+    assert latent_side(model, 16) == round(16 / factor)
     assert (log_variance is not None) == (name == "kl")
     with torch.no_grad():
         decoded = decode_latents(model, scale_latents(model, mean))
@@ -175,6 +207,58 @@ def test_scaled_latents_are_those_of_diffusers_pipelines(
         expected = theirs(model, images)
     assert not as_scaling(model).is_identity
     torch.testing.assert_close(scale_latents(model, raw), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_stage_a_alone_works_between_0_and_1_and_scales_by_its_factor(images: Tensor) -> None:
+    """Its own calls: no quantisation, latents over `scale_factor`, as Stage B sees them."""
+    model = stage_a().eval()
+    with torch.no_grad():
+        z = model.encode((images + 1) / 2).latents
+        mean, _ = encode_images(model, images)
+        assert torch.equal(mean, z)
+        torch.testing.assert_close(scale_latents(model, mean), z / 0.5)
+        expected = model.decode(z, force_not_quantize=True).sample.clamp(0, 1) * 2 - 1
+        torch.testing.assert_close(decode_latents(model, z / 0.5), expected)
+
+
+def test_a_pipeline_with_stage_a_alone_opens_as_stage_a(images: Tensor, tmp_path: Path) -> None:
+    """As training it exports it; with a `vae/` beside it, that is meant."""
+    model = stage_a().eval()
+    model.save_pretrained(tmp_path / "run" / "pipeline" / "vqgan")
+    (tmp_path / "run" / "recipe.yaml").write_text("{}")
+    for place in (tmp_path / "run" / "pipeline", tmp_path / "run"):
+        loaded = load_autoencoder(str(place))
+        assert isinstance(loaded, PaellaVQModel)
+        torch.testing.assert_close(encode_images(loaded, images)[0], encode_images(model, images)[0])
+    dc().save_pretrained(tmp_path / "run" / "pipeline" / "vae")
+    assert isinstance(load_autoencoder(str(tmp_path / "run")), AutoencoderDC)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_sizes_that_fit_are_multiples_and_others_are_refused(name: str) -> None:
+    """A cell's side, but for the cascade, whose stages agree only at multiples of 16 px."""
+    model = MAKERS[name][0]().eval()
+    multiple = size_multiple(model)
+    assert multiple == (16 if name == "cascade" else spatial_factor(model))
+    assert latent_side(model, 3 * multiple) == 3 * latent_side(model, multiple)
+    if multiple > 1:
+        with pytest.raises(RecipeError, match=rf"multiples of {multiple}; nearest to .*: {multiple}"):
+            latent_side(model, multiple + 1)
+
+
+@torch.no_grad()
+def test_the_cascade_decodes_a_few_at_a_time_as_it_would_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 2, 2 and 1 pictures; each picture's noise is its own, so no part shows."""
+    model = cascade().eval()
+    images = torch.rand(5, 3, 16, 32) * 2 - 1
+    mean, _ = encode_images(model, images)
+    decoded = decode_latents(model, mean)
+    monkeypatch.setattr(autoencoders, "PIXELS_AT_ONCE", 2 * 16 * 32)
+    sizes: list[int] = []
+    model.vqgan.out_block.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    torch.testing.assert_close(decode_latents(model, mean), decoded, rtol=1e-4, atol=1e-4)
+    assert sizes == [2, 2, 1]
+    assert decoded.std() > 0.05
 
 
 @pytest.mark.parametrize("name", ["kl", "tiny", "dc"])

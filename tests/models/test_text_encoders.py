@@ -197,6 +197,44 @@ def test_pad_encoder_keeps_what_clips_own_users_feed(clip: Path) -> None:
     torch.testing.assert_close(torch.stack(encoded.tokens), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_pad_masked_tells_clip_its_padding_and_keeps_all_states(clip: Path) -> None:
+    """As Würstchen and Stable Cascade ran it; against pad encoder only the padding's states change."""
+    encoded = load_text_encoder(str(clip), pad="masked").encode(CAPTIONS)
+    inputs = tokenizer()(
+        CAPTIONS, padding="max_length", truncation=True, max_length=LIMIT, return_tensors="pt"
+    )
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        expected = CLIPTextModel.from_pretrained(clip)(input_ids=ids, attention_mask=mask)
+    ours = torch.stack(encoded.tokens)
+    torch.testing.assert_close(ours, expected.last_hidden_state, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encoded.pooled, expected.pooler_output, atol=1e-5, rtol=1e-4)
+    untold = torch.stack(load_text_encoder(str(clip), pad="encoder").encode(CAPTIONS).tokens)
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], untold[real], atol=1e-5, rtol=1e-4)
+    assert ((ours - untold)[~real].abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", ["t5", "siglip"])
+def test_pad_masked_tells_every_encoder_its_padding(kind: str, t5: Path, tmp_path: Path) -> None:
+    """Real tokens do not see padding, though both encoders look ahead; the padding's states are kept."""
+    if kind == "siglip":
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        config = SiglipTextConfig(
+            vocab_size=44, max_position_embeddings=LIMIT, num_attention_heads=2, **sizes
+        )
+        plain = SiglipTextModel(config).eval()
+        plain.save_pretrained(tmp_path / kind)
+        tokenizer().save_pretrained(tmp_path / kind)
+    else:
+        plain = T5ForConditionalGeneration.from_pretrained(t5).get_encoder()
+    encoded = load_text_encoder(str(tmp_path / kind), pad="masked").encode(CAPTIONS)
+    assert {len(each) for each in encoded.tokens} == {LIMIT}
+    for ours, alone in zip(encoded.tokens, one_by_one(plain, CAPTIONS), strict=True):
+        torch.testing.assert_close(ours[: len(alone)], alone, atol=1e-5, rtol=1e-4)
+
+
 def test_the_text_half_of_a_whole_clip_is_found(tmp_path: Path) -> None:
     vision = {"image_size": 32, "patch_size": 16, "num_hidden_layers": 1, "hidden_size": 16}
     vision |= {"intermediate_size": 32, "num_attention_heads": 2}
@@ -325,8 +363,9 @@ def test_wrong_limits_and_pads_are_refused(clip: Path) -> None:
         load_text_encoder(str(clip), max_tokens=99)
     with pytest.raises(RecipeError, match="pad 'left': unknown"):
         load_text_encoder(str(clip), pad="left")
-    with pytest.raises(RecipeError, match="does not pad"):
-        load_text_encoder("hashing", pad="encoder")
+    for pad in ("encoder", "masked"):
+        with pytest.raises(RecipeError, match=f"pad '{pad}': the hashing text encoder does not pad"):
+            load_text_encoder("hashing", pad=pad)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "nobody/nothing-of-the-kind", "hashing2"])

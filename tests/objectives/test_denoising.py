@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from shoestring.interfaces import Batch
-from shoestring.objectives.denoising import draw_keep, drop_captions, kept_patches, mean_over_patches
+from shoestring.objectives.denoising import (
+    batch_starts,
+    draw_keep,
+    drop_captions,
+    in_eval_mode,
+    kept_patches,
+    mean_over_patches,
+)
 
 
 def make_batch(count: int, *, masked: bool = True, first: int = 0) -> Batch:
@@ -66,3 +73,17 @@ def test_the_mean_is_over_kept_patches_alone() -> None:
     keep = torch.tensor([[0, 3]])  # top left and bottom right of a 2 x 2 grid of 2 x 2 patches
     assert mean_over_patches(error, keep, 2).item() == (0 + 1 + 4 + 5 + 10 + 11 + 14 + 15) / 8
     assert mean_over_patches(error, None, 2).item() == 7.5
+
+
+def test_images_of_a_batch_share_the_position_it_starts_at() -> None:
+    index = torch.arange(10, 22)
+    assert batch_starts(index, 5, start=10).tolist() == [10] * 5 + [15] * 5 + [20] * 2
+    assert batch_starts(index[3:7], 5, start=10).tolist() == [10, 10, 15, 15]
+
+
+def test_evaluation_mode_ends_as_it_began_part_by_part() -> None:
+    network = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
+    network[1].eval()
+    with in_eval_mode(network):
+        assert not any(part.training for part in network.modules())
+    assert [part.training for part in network.modules()] == [True, True, False, False]

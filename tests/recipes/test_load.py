@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from shoestring.errors import RecipeError
-from shoestring.recipes.load import builtin_names, changed_keys, describe, dump, load_recipe
+from shoestring.recipes.load import builtin_names, changed_keys, describe, dump, load_recipe, load_stages
 from shoestring.recipes.schema import FREE_KEYS, ROUNDING_KEYS, Recipe
 
 SMALL = Path(__file__).with_name("small.yaml")
@@ -32,9 +32,9 @@ def error_of(folder: Path, text: str, *sets: str) -> str:
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_resolved_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(name)
-    assert recipe.name == name
-    assert child(tmp_path, dump(recipe)) == recipe
+    for stage, recipe in load_stages(name).items():
+        assert recipe.name == (f"{name}-{stage}" if stage else name)
+        assert child(tmp_path, dump(recipe)) == recipe
     assert describe(name)
 
 
@@ -68,6 +68,13 @@ def test_microdit_xl_is_the_published_training() -> None:
     assert (recipe.data.pad, recipe.data.max_tokens, recipe.data.caption_drop) == ("encoder", 77, 0.1)
     assert (recipe.optimizer.weight_decay, recipe.optimizer.betas) == (0.1, (0.9, 0.999))
     assert (recipe.sampling.scheduler, recipe.sampling.steps, recipe.sampling.guidance) == ("edm_heun", 30, 5)
+
+
+@pytest.mark.parametrize("name", ["wuerstchen-v2", "wuerstchen-microdit"])
+def test_wuerstchen_reads_clip_as_its_authors_did(name: str) -> None:
+    """Told its padding, all 77 states kept; Stage A reads no captions."""
+    read = {stage: (r.data.pad, r.data.max_tokens) for stage, r in load_stages(name).items()}
+    assert read == {"a": ("none", None), "b": ("masked", 77), "c": ("masked", 77)}
 
 
 @pytest.mark.parametrize(("name", "millions"), [("microdit-xl", 1165.4), ("microdit-tiny", 200.7)])
@@ -152,7 +159,8 @@ def test_another_kind_replaces_the_whole_section(tmp_path: Path) -> None:
         ),
         (
             "objective: {kind: ddpm}",
-            "recipe mine.yaml, objective: kind 'ddpm' is unknown. Allowed: edm, flow.",
+            "recipe mine.yaml, objective: kind 'ddpm' is unknown. Allowed: edm, flow, "
+            "reconstruction, decoder, prior.",
         ),
         (
             "optimizer: {betas: [0.9]}",

@@ -30,10 +30,11 @@ def steps(recipe_path: str, variant: str, world: World) -> dict[str, object]:
     recipe = load_recipe(recipe_path, [] if variant == "-" else variant.split(","))
     store = build.open_store(recipe, device=CPU, log=lambda text: None, world=world)
     phase = recipe.phases[0]
-    objective = build.make_objective(recipe, build.make_network(recipe, store, phase))
-    turn = build.make_turn(recipe, objective, device=CPU, world=world)
+    system = build.system_of(recipe, store)
+    parts = system.parts(system.networks(phase))
+    (turn,) = build.make_turns(recipe, parts, device=CPU, world=world)
     ledger = Ledger("", "", 0, "", 0)
-    plan = build.plan_phases(recipe, store, objective, ledger, world)[0]
+    plan = build.plan_phases(system, parts, ledger, world)[0]
     saver = Saver(Path("none"), keep=1, keep_every=None, background=False, world=world)
     settings = LoopSettings(CPU)
     training = Training([turn], [plan], RunFolder(Path("none")), Trackers([]), settings, ledger, saver, world)
@@ -49,7 +50,7 @@ def steps(recipe_path: str, variant: str, world: World) -> dict[str, object]:
         levels.append(figures[1 + len(LEVELS) :].tolist())
         training.progress.phase_images += phase.batch
     batches.close()
-    weights = gathered(objective.trained.state_dict(), world)
+    weights = gathered(turn.objective.trained.state_dict(), world)
     shares = {name: tensor.double().abs().sum().item() for name, tensor in weights.items()}
     return {"losses": losses, "norms": norms, "seen": seen, "levels": levels, "weights": shares}
 

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 
-from shoestring.build.networks import AnyObjective, enter_phase, make_network, make_objective
+from shoestring.build.systems import AnySystem, Part
 from shoestring.cost.flops import training_flops_per_image
 from shoestring.cost.ledger import Ledger
 from shoestring.data.loader import Loader
-from shoestring.data.store import Store
-from shoestring.errors import RecipeError
 from shoestring.interfaces import Batch
 from shoestring.processes import ALONE, World
-from shoestring.recipes.checks import mask_problem
-from shoestring.recipes.schema import Phase, Recipe
+from shoestring.recipes.schema import Phase
 from shoestring.training.loop import PhasePlan
 from shoestring.training.optimizers import lr_factor
 
 
 def plan_phases(
-    recipe: Recipe, store: Store, objective: AnyObjective, ledger: Ledger, world: World = ALONE
+    system: AnySystem, parts: Sequence[Part], ledger: Ledger, world: World = ALONE
 ) -> list[PhasePlan]:
     """Each phase with its data, rate and cost."""
-    starts = itertools.accumulate((phase.images for phase in recipe.phases), initial=0)
-    return [
-        plan_phase(recipe, phase, start, store, objective, ledger, world)
-        for phase, start in zip(recipe.phases, starts, strict=False)
-    ]
+    return [plan_phase(system, phase, parts, ledger, world) for phase in system.recipe.phases]
 
 
 def plan_phase(
-    recipe: Recipe,
-    phase: Phase,
-    start: int,
-    store: Store,
-    objective: AnyObjective,
-    ledger: Ledger,
-    world: World = ALONE,
+    system: AnySystem, phase: Phase, parts: Sequence[Part], ledger: Ledger, world: World = ALONE
 ) -> PhasePlan:
-    """A phase that begins after `start` images of the run."""
-    on_gpu = next(objective.parameters()).device.type == "cuda"
+    """A phase of the system's recipe."""
+    recipe, start = system.recipe, system.start_of(phase)
+    on_gpu = next(parts[0].objective.parameters()).device.type == "cuda"
     loader = Loader(
-        store,
+        system.store,
         size=phase.size,
         batch_size=phase.batch,
         seed=recipe.seed,
@@ -61,22 +48,19 @@ def plan_phase(
     def lr(images: int) -> float:
         return phase.lr * lr_factor(phase.schedule, images, phase.images, phase.warmup, phase.final or 0.0)
 
-    def advance(images: int) -> None:
-        objective.mask = phase.mask_at(images)
-
     ema = recipe.ema_in(phase)
-    flops = phase_flops(recipe, phase, store)
+    flops = phase_flops(system, phase)
     return PhasePlan(
         name=phase.name,
         images=phase.images,
         batch=phase.batch,
-        enter=lambda: enter_phase(recipe, phase, store, objective),
-        advance=advance,
+        enter=lambda: system.enter(phase, parts),
+        advance=lambda images: system.advance(phase, parts, images),
         batches=batches,
         lr=lr,
         cost=lambda: ledger.phase(phase.name, phase.size, *phase.mask_ends),
         mask=phase.mask_at,
-        flops_per_image=lambda images: flops[phase.mask_at(images)],
+        flops_per_image=lambda images: _last(flops, images),
         microbatch=recipe.microbatch_in(phase),
         fresh_optimizer=phase.optimizer == "fresh",
         grad_clip=recipe.grad_clip_in(phase),
@@ -85,24 +69,31 @@ def plan_phase(
     )
 
 
-def phase_flops(recipe: Recipe, phase: Phase, store: Store) -> dict[float, float]:
-    """Forward and backward operations of one image at each mask ratio of a phase, counted on shapes alone."""
+def phase_flops(system: AnySystem, phase: Phase) -> dict[int, float]:
+    """Operations of training on one image, from so many images of a phase on, counted on shapes alone."""
     with torch.device("meta"):
-        objective = make_objective(recipe, make_network(recipe, store, phase))
-    enter_phase(recipe, phase, store, objective)
+        networks = system.networks(phase)
+    parts = system.parts(networks)
+    for part in parts:
+        part.objective.to("meta")
+    system.enter(phase, parts)
+    recipe, start = system.recipe, system.start_of(phase)
     window = recipe.data.window and 1  # 8 images of one chunk, which is all of a remote store that is fetched
-    batch = Loader(store, size=phase.size, batch_size=8, seed=recipe.seed, window=window).batch(0, 8)
+    batch = Loader(system.store, size=phase.size, batch_size=8, seed=recipe.seed, window=window).batch(0, 8)
     flops = {}
-    for ratio, _ in phase.masks:
-        objective.mask = ratio
-        flops[ratio] = training_flops_per_image(objective, batch)
+    for begin, _ in system.states(phase):
+        system.advance(phase, parts, begin)
+        taken = [part for part in parts if start + begin >= part.start]
+        flops[begin] = sum(training_flops_per_image(part.objective, batch) / part.every for part in taken)
     return flops
 
 
-def check_phases(recipe: Recipe, store: Store) -> None:
-    """Raise `RecipeError` where a phase's mask leaves no patch of the store's pictures, or experts none."""
-    for number, phase in enumerate(recipe.phases):
-        _, height, width = store.latent_shape(phase.size)
-        num_patches = height // recipe.model.patch_size * (width // recipe.model.patch_size)
-        if problem := mask_problem(recipe.model, phase, num_patches):
-            raise RecipeError(f"recipe {recipe.name}, phases.{number}.mask: {problem}")
+def _last(values: dict[int, float], images: int) -> float:
+    """The value from so many images on."""
+    return next(value for begin, value in reversed(values.items()) if begin <= images)
+
+
+def accumulated(system: AnySystem, phase: Phase) -> float:
+    """Operations of a whole phase."""
+    flops = phase_flops(system, phase)
+    return sum(flops[begin] * count for begin, count in system.states(phase))

@@ -10,7 +10,7 @@ import torch
 from shoestring.data.store import split_revision
 from shoestring.errors import CheckpointError, OutputError, RecipeError
 from shoestring.models.autoencoders import latent_channels, load_autoencoder
-from shoestring.models.checkpoint_files import networks_in, read_checkpoint, write_checkpoint
+from shoestring.models.checkpoint_files import networks_in, write_checkpoint
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.microdit_config import ANCHOR, Recognised, recognise
 from shoestring.models.microdit_published import network_tensors, state_from_published
@@ -32,16 +32,17 @@ _PAD_TOKEN = "<|pad|>"
 
 
 def read_network(
-    path: Path, *, part: str | None = None, dtype: str = "float32", **hints: Any
+    path: Path, tree: Any, *, part: str | None = None, dtype: str = "float32", **hints: Any
 ) -> tuple[MicroDiT, Recognised]:
     """The network in a published checkpoint and how it was recognised; `hints` are `recognise`'s.
 
-    `part` says which, by its place, where a file holds several. Weights of the type and layout that is asked
-    for stay on disk until they are used. Raises `CheckpointError` for a file without such a network.
+    `tree` is what `read_checkpoint` made of the file. `part` says which network, by its place, where a file
+    holds several. Weights of the type and layout that is asked for stay on disk until they are used. Raises
+    `CheckpointError` for a file without such a network.
     """
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
-    networks = networks_in(read_checkpoint(path), ANCHOR)
+    networks = networks_in(tree, ANCHOR)
     if part is None and len(networks) == 1:
         (values,) = networks.values()
     elif part in networks:
@@ -51,7 +52,8 @@ def read_network(
         raise CheckpointError(f"{path}: {problem}. Choose with --part: {', '.join(map(repr, networks))}.")
     else:
         raise CheckpointError(
-            f"{path}: no MicroDiT in it: nothing is called {ANCHOR}, with or without a prefix."
+            f"{path}: no MicroDiT in it: nothing is called {ANCHOR}, with or without a prefix. Nor is there "
+            "a stage of Würstchen."
         )
     try:
         tensors = network_tensors(values)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from shoestring.build.compiling import compile_network
+from shoestring.build.kinds import system_of
 from shoestring.build.looks import Exhibit
-from shoestring.build.networks import (
-    AnyObjective,
-    compile_network,
-    load_weights,
-    make_network,
-    make_objective,
-)
 from shoestring.build.phases import plan_phases
+from shoestring.build.systems import Networks, Part
 from shoestring.cost.ledger import Ledger
 from shoestring.data.store import Store
 from shoestring.errors import CheckpointError, RecipeError, StoreError
@@ -53,21 +49,21 @@ def make_training(
     facts = {"store": store.identity({phase.size for phase in recipe.phases})}
     saved = _where_to_begin(recipe, run, store, facts, resume, log, world)
     images = saved.state["progress"]["images"] if saved else 0
-    network = make_network(recipe, store, recipe.phases[0])
-    if recipe.init and not saved:
-        load_weights(network, recipe.init)
+    system = system_of(recipe, store)
+    networks = system.networks(recipe.phases[0])
+    if not saved:
+        system.begin(networks)
     dtype = pick_dtype(recipe.train.dtype, device)
-    ledger = _ledger(recipe, network, device, dtype, world)
+    ledger = _ledger(recipe, networks, device, dtype, world)
     if saved:
         _tell_what_moved(saved.state["ledger"], ledger, log)
         ledger.restore(saved.state["ledger"])
-    objective = make_objective(recipe, network)
-    turn = make_turn(recipe, objective, device=device, dtype=dtype, world=world)
+    parts = system.parts(networks)
     train = recipe.train
     counts = ("spike", "log_every", "checkpoint_every", "preview_every")
     training = Training(
-        turns=[turn],
-        phases=plan_phases(recipe, store, objective, ledger, world),
+        turns=make_turns(recipe, parts, device=device, dtype=dtype, world=world),
+        phases=plan_phases(system, parts, ledger, world),
         run=run,
         trackers=Trackers([]),
         settings=LoopSettings(device, dtype, **train.model_dump(include=set(counts))),
@@ -88,7 +84,7 @@ def make_training(
         checkpoint.drop_newer(run.checkpoints, images)
         training.saver.prune(images)
         training.trackers = _trackers(recipe, run, images)
-        _show(training, Exhibit(recipe, store, run))
+        _show(training, Exhibit(system, run))
         write_text(run.recipe, dump(recipe))
     return training
 
@@ -127,44 +123,57 @@ def _where_to_begin(
 
 
 def _ledger(
-    recipe: Recipe, network: nn.Module, device: torch.device, dtype: torch.dtype, world: World
+    recipe: Recipe, networks: Networks, device: torch.device, dtype: torch.dtype, world: World
 ) -> Ledger:
     return Ledger(
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         device=str(device),
         threads=set_threads(recipe.train.threads),
         dtype=str(dtype).removeprefix("torch."),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        parameters=sum(p.numel() for network in networks.values() for p in network.parameters()),
         processes=world.size,
     )
 
 
-def make_turn(
+def make_turns(
     recipe: Recipe,
-    objective: AnyObjective,
+    parts: Sequence[Part],
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     world: World = ALONE,
-) -> Turn:
-    """The recipe's one turn: its objective spread over the processes, with fresh optimisers.
+) -> list[Turn]:
+    """The turns of a recipe: each objective spread over the processes, with fresh optimisers.
 
     Raises `RecipeError` where a phase's batch cannot be shared among the processes.
     """
-    settings = _parallel_settings(recipe, dtype)
-    network: Any = objective.trained["transformer"]
     for number, phase in enumerate(recipe.phases):
         counts = {phase.batch, phase.images % phase.batch or phase.batch}
         check_batches(f"phases.{number}.batch", counts, recipe.microbatch_in(phase), world)
+    return [_make_turn(recipe, part, device, dtype, world) for part in parts]
+
+
+def _make_turn(recipe: Recipe, part: Part, device: torch.device, dtype: torch.dtype, world: World) -> Turn:
+    settings, trained = _parallel_settings(recipe, dtype), part.objective.trained
     if recipe.train.activation_checkpointing:
-        network.enable_gradient_checkpointing()
-    caller = distribute(objective, settings, world, device)
+        for network in trained.values():
+            _save_activations(network)
+    caller = distribute(part.objective, settings, world, device)
     if recipe.train.compile:
         # FSDP2 gathers weights between blocks, where no compiled graph can reach.
         sharded = settings.kind == "fsdp2" and world.size > 1
-        compile_network(recipe, network, tuple(blocks(network)) if sharded else ())
-    optimizers = make_optimizers(network, OptimizerSettings(**recipe.optimizer.model_dump()), world)
-    return Turn("denoiser", objective, optimizers, caller)
+        for network in trained.values():
+            compile_network(recipe, network, tuple(blocks(network)) if sharded else ())
+    # A lone network's parameters keep their own names, as checkpoints have them.
+    alone = next(iter(trained.values())) if len(trained) == 1 else trained
+    optimizers = make_optimizers(alone, OptimizerSettings(**recipe.optimizer.model_dump()), world)
+    return Turn(part.name, part.objective, optimizers, caller, part.start, part.every, averaged=part.averaged)
+
+
+def _save_activations(network: Any) -> None:
+    """Have a network's blocks computed again in the backward pass, where it can do that."""
+    if getattr(network, "_supports_gradient_checkpointing", False):
+        network.enable_gradient_checkpointing()
 
 
 def _parallel_settings(recipe: Recipe, dtype: torch.dtype) -> ParallelSettings:

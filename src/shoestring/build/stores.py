@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from shoestring.build.phases import check_phases
+from shoestring.build.kinds import system_of
 from shoestring.data.encode import EncodeSettings, encode
 from shoestring.data.manifest import MANIFEST
 from shoestring.data.sources import open_source
-from shoestring.data.store import Store
-from shoestring.errors import RecipeError
+from shoestring.data.store import Store, split_revision
 from shoestring.interfaces import Log
+from shoestring.models.autoencoders import PIXELS, load_autoencoder, weights_fingerprint
 from shoestring.processes import ALONE, World
 from shoestring.recipes.schema import Recipe, Scenes
 from shoestring.storage import fingerprint
@@ -39,13 +39,8 @@ def open_store(recipe: Recipe, *, device: torch.device, log: Log, world: World =
             pad=recipe.data.pad,
             max_tokens=recipe.data.max_tokens,
         )
-        side, patch = store.latent_shape(size)[1], recipe.model.patch_size
-        if side % patch:
-            raise RecipeError(
-                f"model.patch_size: {patch} does not divide the {side} x {side} latents of {size} px. "
-                f"Use a size that is a multiple of {size // side * patch}, or another patch size."
-            )
-    check_phases(recipe, store)
+    store = store.normalised(recipe.data.normalise)
+    system_of(recipe, store).check()
     return store
 
 
@@ -60,7 +55,10 @@ def scenes_store(recipe: Recipe, scenes: Scenes, folder: Path, device: torch.dev
         pad=data.pad,
         max_tokens=data.max_tokens,
     )
-    key = fingerprint([source.describe(), data.autoencoder, data.text_encoder, data.pad, data.max_tokens])
+    made_by = [data.autoencoder, data.text_encoder]
+    if data.autoencoder != PIXELS:  # a run of this name may be trained anew
+        made_by.append(weights_fingerprint(load_autoencoder(*split_revision(data.autoencoder))))
+    key = fingerprint([source.describe(), *made_by, data.pad, data.max_tokens])
     path = folder / f"scenes-{key}"
     if not (path / MANIFEST).is_file():
         log(f"Making {scenes.images:,} scenes of {scenes.size} px into {path}")

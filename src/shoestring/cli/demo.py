@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoestring.interfaces import MetricRow
+    from shoestring.recipes.schema import Recipe
+    from shoestring.storage import RunFolder
 
 INTERRUPTED = 130
 
 
+class DemoSystem(StrEnum):
+    """What can be shown."""
+
+    microdit = "microdit"
+    wuerstchen = "wuerstchen"
+
+
+RECIPES = {DemoSystem.microdit: "demo", DemoSystem.wuerstchen: "wuerstchen-demo"}
+
+SHARES = {"": 1.0, "a": 0.2, "b": 0.4, "c": 0.4}
+"""How the minutes asked for are spread over a recipe's stages."""
+
+
 def demo(
+    system: Annotated[DemoSystem, typer.Option(help="What to train.")] = DemoSystem.microdit,
     minutes: Annotated[
         float | None,
         typer.Option(min=0.05, help="Train for about so long: speed is measured, then images are fixed."),
@@ -23,48 +46,84 @@ def demo(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "cpu",
 ) -> None:
-    """Make scenes, train a small MicroDiT with deferred masking, draw unseen prompts, score them, report.
+    """Make scenes, train on them, draw unseen prompts, score them, report.
 
-    A run that was stopped goes on; one that is finished is only measured again.
+    `--system microdit` trains a small MicroDiT with deferred masking; `--system wuerstchen` the three stages
+    of a small cascade, each a run of its own. A run that was stopped goes on; one that is finished is only
+    measured again.
     """
-    from shoestring import build, estimate
     from shoestring.errors import RecipeError
-    from shoestring.measure import measure_run
-    from shoestring.recipes.load import load_recipe
+    from shoestring.recipes.load import load_recipe, load_stages
     from shoestring.runtime import pick_device
     from shoestring.storage import RunFolder
-    from shoestring.training.report import write_report
 
     started = time.perf_counter()
     chosen = pick_device(device)
-    run = RunFolder(runs / (name or (f"demo-{minutes:g}min" if minutes else "demo")))
+    recipe = RECIPES[system]
+    named = name or (f"{recipe}-{minutes:g}min" if minutes else recipe)
+    sets = [*(set_ or ()), f"name={named}"]
+    for stage, loaded in load_stages(recipe, sets, runs).items():
+        if loaded.data.scenes is None:
+            raise RecipeError("--set data.store: the demo is of scenes. Use shoestring train demo --set ...")
+        run = RunFolder(runs / loaded.name)
+        if run.recipe.is_file() and minutes:  # images that were fitted into minutes stay as they are
+            loaded = load_recipe(run.recipe)
+        fit = minutes and minutes * SHARES[stage]
+        images, rows = _run(loaded, run, chosen, fit)
+        spent = (time.perf_counter() - started) / 60
+        typer.echo(f"{_scores(rows)}, {images:,} images seen, {spent:.1f} minutes, report: {run.report}")
+
+
+def _run(
+    recipe: Recipe, run: RunFolder, device: torch.device, minutes: float | None
+) -> tuple[int, Sequence[MetricRow]]:
+    """Train (or go on, or leave as it is), measure, report; images seen and the measured rows."""
+    from shoestring import build, estimate
+    from shoestring.measure import measure_run
+    from shoestring.training.report import write_report
+
     resume = run.recipe.is_file()
-    sets = [*(set_ or ()), f"name={name if name is not None else run.root.name}"]
-    if resume and minutes:
-        sets = []  # images that were fitted into minutes stay as they are
-    recipe = load_recipe(run.recipe if resume else "demo", sets)
-    if recipe.data.scenes is None:
-        raise RecipeError("--set data.store: the demo is of scenes. Use shoestring train demo --set ...")
     if minutes and not resume:
-        recipe = estimate.fitted(recipe, minutes, chosen, _say)
-    store = build.open_store(recipe, device=chosen, log=_say)
+        recipe = estimate.fitted(recipe, minutes, device, _say)
+    store = build.open_store(recipe, device=device, log=_say)
     with build.claimed(run):
-        training = build.make_training(recipe, run, store, device=chosen, resume=resume, log=_say)
+        training = build.make_training(recipe, run, store, device=device, resume=resume, log=_say)
         if training.finished:
             _say(f"{run.root} is trained already; measuring it again. Remove the folder to train anew.")
         elif not training.train():
             _say(f"Stopped; a checkpoint is saved. Run the same command again to go on with {run.root}.")
             raise typer.Exit(INTERRUPTED)
-    rows = measure_run(run, device=chosen, log=_say)
-    report = write_report(run)
-    score = {row["split"]: row for row in rows if (row["metric"], row["facet"]) == ("scene_accuracy", "all")}
-    unseen, pairs = score["unseen_scenes"], score["unseen_pairs"]
-    spent = (time.perf_counter() - started) / 60
-    typer.echo(
-        f"scene accuracy {unseen['value']:.3f} on {unseen['n']} pictures of unseen scenes "
-        f"({pairs['value']:.3f} of unseen pairs), {training.progress.images:,} images seen, "
-        f"{spent:.1f} minutes, report: {report}"
+    rows = measure_run(run, device=device, log=_say)
+    write_report(run)
+    return training.progress.images, rows
+
+
+def _scores(rows: Sequence[MetricRow]) -> str:
+    """The headline figures of a run in one line."""
+    found = {
+        (row["metric"], row["split"]): row
+        for row in rows
+        if row["facet"] == "all" and row["value"] is not None
+    }
+    parts = []
+    for metric, words in (("scene_accuracy", "pictures"), ("reconstruction_accuracy", "reconstructions")):
+        if row := found.get((metric, "unseen_scenes")):
+            pairs = found[metric, "unseen_pairs"]
+            parts.append(
+                f"scene accuracy {row['value']:.3f} on {row['n']} {words} of unseen scenes "
+                f"({pairs['value']:.3f} of unseen pairs)"
+            )
+    for metric, words in (("reconstruction_psnr", "PSNR {:.1f} dB"), ("reconstruction_ssim", "SSIM {:.3f}")):
+        if row := found.get((metric, "unseen_scenes")):
+            parts.append(words.format(row["value"]))
+    spatial, elements = (
+        found.get((f"compression_{each}", "unseen_scenes")) for each in ("spatial", "elements")
     )
+    if spatial and elements:
+        parts.append(
+            f"compression {spatial['value']:.3g}:1 along a side, {elements['value']:.3g}:1 in numbers"
+        )
+    return ", ".join(parts)
 
 
 def _say(text: str) -> None:

@@ -24,7 +24,8 @@ def encode(
     autoencoder: Annotated[str, typer.Option(help="pixels, a folder, or a hub id[@revision].")] = "pixels",
     text_encoder: Annotated[str, typer.Option(help="hashing, a folder, or a hub id[@revision].")] = "hashing",
     pad: Annotated[
-        str, typer.Option(help="none: real tokens only; encoder: padded as the encoder does.")
+        str,
+        typer.Option(help="none: real tokens only; encoder: padded, CLIP not told so; masked: told so."),
     ] = "none",
     max_tokens: Annotated[int | None, typer.Option(help="Longest caption in tokens. [the encoder's]")] = None,
     text_dtype: Annotated[

@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "Measure a run: exact scene accuracy, loss on held-out images.",
     "report": "Write a run's report.html: curves, pictures, scores, cost.",
     "compare": "Compare runs: curves, differences, scores, cost: compare.html.",
+    "average": "Average the weights of several runs into one pipeline.",
     "convert": "A published MicroDiT checkpoint to a pipeline folder, or back.",
     "recipes": "List the built-in recipes, or print one resolved.",
 }

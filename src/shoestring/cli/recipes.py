@@ -21,7 +21,8 @@ def recipes(
 ) -> None:
     """List the built-in recipes, or print one with every key resolved."""
     if recipe is not None:
-        typer.echo(load.dump(load.load_recipe(recipe, set_ or ())), nl=False)
+        stages = load.load_stages(recipe, set_ or ())
+        typer.echo("---\n".join(load.dump(each) for each in stages.values()), nl=False)
         return
     names = load.builtin_names()
     width = max(map(len, names))

@@ -44,6 +44,8 @@ def sample(
             f"{model}: a {type(pipeline).__name__}, which `shoestring sample` cannot prompt. "
             "Use it in Python: shoestring.load(...) gives the pipeline."
         )
+    if scheduler is not None and "prior_scheduler" in pipeline.components:
+        raise RecipeError("--scheduler: has no effect on a Würstchen cascade. Leave it out.")
     if scheduler is not None:
         trained = pipeline.scheduler.config
         pipeline.scheduler = make_scheduler(

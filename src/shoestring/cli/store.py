@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 store = typer.Typer(help="Look at a store, check it, copy it, add to it.", no_args_is_help=True)
 store.command()(add)
+_PADDINGS = {"none": "real tokens only", "encoder": "padded by the encoder", "masked": "padded under a mask"}
 
 Place = Annotated[str, typer.Argument(help="Folder or URL (s3://, hf://, https://, ...) of the store.")]
 
@@ -37,9 +38,11 @@ def info(path: Place) -> None:
     for size in opened.sizes:
         shape = " x ".join(map(str, opened.latent_shape(size)))
         say(f"{size} px", f"latents {shape}, {manifest['latent_dtype']}")
-    say("autoencoder", f"{_named(image)}, {image['spatial_factor']} px a cell")
-    padding = "padded by the encoder" if text["pad"] == "encoder" else "real tokens only"
-    say("text encoder", _named(text) + f", width {text['width']}, {padding}, at most {text['max_tokens']}")
+    say("autoencoder", f"{_named(image)}, {image['spatial_factor']:.5g} px a cell")
+    say(
+        "text encoder",
+        f"{_named(text)}, width {text['width']}, {_PADDINGS[text['pad']]}, at most {text['max_tokens']}",
+    )
     total = 0
     for column, size_bytes in sorted(opened.bytes_by_column().items()):
         total += size_bytes

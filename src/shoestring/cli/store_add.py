@@ -37,7 +37,7 @@ def add(
     name: Annotated[
         str | None, typer.Option(help="What to call the added captions. [the column's or encoder's name]")
     ] = None,
-    pad: Annotated[str | None, typer.Option(help="Of --text-encoder: none or encoder. [none]")] = None,
+    pad: Annotated[str | None, typer.Option(help="none, encoder, masked: as for `encode`. [none]")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of --text-encoder: longest caption.")] = None,
     text_dtype: Annotated[
         str | None, typer.Option(help="Added tokens as float16 or int8. [the store's]")

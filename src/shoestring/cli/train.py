@@ -22,6 +22,9 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. phases.0.images=50k."),
     ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Train this stage alone, of a recipe that has several.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; the recipe's by default.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
@@ -35,20 +38,24 @@ def train(
 ) -> None:
     """Train by a recipe. Ctrl-C saves a checkpoint; `--resume` goes on from it exactly.
 
+    A recipe with stages is trained stage by stage; each is a run of its own, NAME-STAGE.
     On several processes: torchrun --nproc-per-node N -m shoestring train RECIPE (docs/cluster.md).
     """
     from shoestring.processes import join
 
     sets = [*(set_ or ()), *([f"train.dtype={dtype}"] if dtype is not None else [])]
     with join(device) as (world, own_device):
-        loaded, run = _recipe_and_run(recipe, sets, name, runs)
+        chosen = stages(recipe, sets, stage, name, runs)
         if dry_run:
             if world.is_main:
-                _print_plan(loaded, own_device)
+                for loaded, _ in chosen.values():
+                    _print_plan(loaded, own_device)
             return
-        finished = _train(loaded, run, own_device, resume, world)
-    if not finished:
-        raise typer.Exit(INTERRUPTED)
+        for loaded, run in chosen.values():
+            check_earlier(recipe, loaded, runs)
+            goes_on = resume and (len(chosen) == 1 or (run / "recipe.yaml").is_file())
+            if not _train(loaded, run, own_device, goes_on, world):
+                raise typer.Exit(INTERRUPTED)
 
 
 def _print_plan(recipe: Recipe, device: str) -> None:
@@ -98,15 +105,43 @@ def _train(recipe: Recipe, folder: Path, device: str, resume: bool, world: World
     return finished
 
 
-def _recipe_and_run(recipe: str, sets: list[str], name: str | None, runs: Path) -> tuple[Recipe, Path]:
-    """The resolved recipe and the run's folder; a run folder in place of a recipe means its own recipe."""
-    from shoestring.recipes.load import load_recipe
+def stages(
+    recipe: str, sets: list[str], stage: str | None, name: str | None, runs: Path
+) -> dict[str, tuple[Recipe, Path]]:
+    """Each stage's resolved recipe and run folder, in order; one without a name where there are no stages.
+
+    A run folder in place of a recipe means its own recipe. Raises `RecipeError` for a stage there is not.
+    """
+    from shoestring.errors import RecipeError
+    from shoestring.recipes.load import load_stages
+    from shoestring.recipes.messages import did_you_mean
 
     if name is not None:
         sets = [*sets, f"name={name}"]
     folder = Path(recipe)
-    if (folder / "recipe.yaml").is_file():
-        loaded = load_recipe(folder / "recipe.yaml", sets)
-        return loaded, runs / loaded.name if name is not None else folder
-    loaded = load_recipe(recipe, sets)
-    return loaded, runs / loaded.name
+    is_run = (folder / "recipe.yaml").is_file()
+    loaded = load_stages(folder / "recipe.yaml" if is_run else recipe, sets, runs)
+    if stage is not None and stage not in loaded:
+        said = did_you_mean(stage, loaded) if set(loaded) != {""} else " It has none: leave --stage out."
+        raise RecipeError(f"--stage {stage}: {recipe} has no such stage.{said}")
+    return {
+        each: (found, folder if is_run and name is None else runs / found.name)
+        for each, found in loaded.items()
+        if stage in {None, each}
+    }
+
+
+def check_earlier(recipe: str, loaded: Recipe, runs: Path) -> None:
+    """Raise `CheckpointError` where a stage needs an earlier one that has not been trained."""
+    from shoestring.errors import CheckpointError
+
+    needed = [loaded.data.autoencoder, getattr(loaded.model, "vqgan", "")]
+    for each in needed:
+        run = Path(each)
+        prefix = f"{loaded.name.rpartition('-')[0]}-"
+        if run.parent == runs and run.name.startswith(prefix) and not (run / "pipeline").is_dir():
+            stage = run.name.removeprefix(prefix)
+            raise CheckpointError(
+                f"{loaded.name}: needs stage {stage}, which has no weights yet ({run}/pipeline). "
+                f"Train it first: shoestring train {recipe} --stage {stage}"
+            )

@@ -452,7 +452,9 @@ _DRAWN = ("level", "images", "seed", "held_out", "captions_per_image")
 
 
 def _unnamed(described: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: each for key, each in described.items() if key not in ("id", "revision")}
+    """What counts of an encoder's entry: not its name, nor the weights of a decoder beside it."""
+    passed = ("id", "revision", *(["weights"] if "encoder_weights" in described else []))
+    return {key: each for key, each in described.items() if key not in passed}
 
 
 def _same_text(one: TextSet, made: Mapping[str, Any]) -> bool:

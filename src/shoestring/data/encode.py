@@ -186,12 +186,12 @@ class _Job:
 
     def begin(self) -> None:
         """Write down what this store is made of, or compare with what is there."""
+        text, identity = self.encoders.text, self._identity()
         with writing_to(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-        text = self.encoders.text
         self.begun = begin(
             self.out,
-            self._identity(),
+            identity,
             lambda: text.calibrated(captions_of_source(self.source) if text.needs_calibration else ()),
             instead="another --out, or add to a finished store with `shoestring store add`",
         )

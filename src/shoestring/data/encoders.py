@@ -18,8 +18,11 @@ from shoestring.models.autoencoders import (
     PixelAutoencoder,
     as_scaling,
     encode_images,
+    encoder_fingerprint,
     latent_channels,
+    latent_side,
     load_autoencoder,
+    size_multiple,
     spatial_factor,
     weights_fingerprint,
 )
@@ -57,8 +60,9 @@ class ImageEncoder:
         return cls(load_autoencoder(place, revision=revision), place, revision, **options)
 
     def identity(self) -> dict[str, Any]:
-        """The manifest's entry."""
+        """The manifest's entry, with `encoder_weights` where a decoder may change without the latents."""
         scaling = as_scaling(self.model)
+        weights, encoder_weights = weights_fingerprint(self.model), encoder_fingerprint(self.model)
         return {
             "id": self.name,
             "revision": self.revision,
@@ -66,7 +70,8 @@ class ImageEncoder:
             "channels": latent_channels(self.model),
             "spatial_factor": spatial_factor(self.model),
             "scaling": {"shift": list(scaling.shift), "factor": list(scaling.factor)},
-            "weights": weights_fingerprint(self.model),
+            "weights": weights,
+            **({} if encoder_weights == weights else {"encoder_weights": encoder_weights}),
         }
 
     @property
@@ -76,13 +81,15 @@ class ImageEncoder:
 
     def shapes(self, sizes: Sequence[int]) -> dict[str, list[int]]:
         """[C, h, w] of the latents at each size; raises `StoreError` for one that does not fit."""
-        channels, factor = latent_channels(self.model), spatial_factor(self.model)
-        if odd := [size for size in sizes if size % factor]:
+        channels, multiple = latent_channels(self.model), size_multiple(self.model)
+        if odd := [size for size in sizes if size % multiple]:
+            below = odd[0] // multiple * multiple
+            near = " or ".join(str(each) for each in (below, below + multiple) if each)
             raise StoreError(
-                f"size {odd[0]}: this autoencoder needs multiples of {factor}; "
-                f"nearest: {max(1, odd[0] // factor) * factor} or {(odd[0] // factor + 1) * factor}."
+                f"size {odd[0]}: this autoencoder needs multiples of {multiple}; nearest: {near}."
             )
-        return {str(size): [channels, size // factor, size // factor] for size in sizes}
+        sides = {size: latent_side(self.model, size) for size in sizes}
+        return {str(size): [channels, side, side] for size, side in sides.items()}
 
     def columns(self, pictures: NDArray[np.uint8], mirror: NDArray[np.bool_] | None = None) -> Arrays:
         """Latents (B, C, h, w) as stored: `mean`, `log_variance` where wanted, and each mirrored.

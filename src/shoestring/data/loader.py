@@ -139,7 +139,7 @@ class Loader:
             index=index,
             latents=self._latents(rows, index),
             text=text,
-            text_mask=None if self.store.pad == "encoder" else mask,
+            text_mask=None if self.store.padded else mask,
             captions=self.store.chosen_captions(rows, choice) if self.captions else (),
             extra=self._extra(rows, choice),
         )

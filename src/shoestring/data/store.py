@@ -32,10 +32,11 @@ from shoestring.data.manifest import MANIFEST, check_origins, column_of, shard_n
 from shoestring.data.resident import Resident
 from shoestring.data.shards import Array
 from shoestring.data.splits import Rows, Split
+from shoestring.data.statistics import own_scaling, scaling_by
 from shoestring.data.texts import MAIN, Texts, lines_of, text_sets
 from shoestring.data.transforms import crop_corner
 from shoestring.errors import CorruptStoreError, StoreError
-from shoestring.models.autoencoders import LatentScaling, sample_latents
+from shoestring.models.autoencoders import sample_latents
 from shoestring.storage import fingerprint
 
 
@@ -46,8 +47,7 @@ class Store:
         self.files, self.manifest = files, manifest
         self.sizes = tuple(int(size) for size in manifest["sizes"])
         self.splits = {name: Split(**fields) for name, fields in manifest["splits"].items()}
-        scaling = manifest["autoencoder"]["scaling"]
-        self.scaling = LatentScaling(tuple(scaling["shift"]), tuple(scaling["factor"]))
+        self.scaling = own_scaling(manifest)
         self._starts = np.cumsum([0, *manifest["chunks"]])
         self._entries: dict[str, Entry] = {entry["path"]: entry for entry in manifest["files"]}
         self._shards = Resident(files, self._entries)
@@ -108,8 +108,13 @@ class Store:
 
     @property
     def pad(self) -> str:
-        """`none` (real tokens only) or `encoder` (every caption as long as the encoder makes it)."""
+        """One of `text_encoders.PADS`."""
         return str(self.manifest["text_encoder"]["pad"])
+
+    @property
+    def padded(self) -> bool:
+        """Every caption has `max_tokens` tokens, all of which count: no mask is needed."""
+        return self.pad != "none"
 
     @property
     def max_tokens(self) -> int:
@@ -154,6 +159,15 @@ class Store:
             spread = torch.from_numpy(self._gather(column, "log_variance", rows, flipped)).float()
             raw = sample_latents(raw, spread, noise)
         return raw if self.scaling.is_identity else self.scaling.apply(raw)
+
+    def normalised(self, rule: str, size: int | None = None) -> Store:
+        """The same store with its latents scaled by one of `statistics.RULES`, measured at `size`.
+
+        Measured at the largest size unless given. Raises `StoreError` for rules that do not fit the store.
+        """
+        other = copy.copy(self)
+        other.scaling = scaling_by(rule, self, size)
+        return other
 
     def drawing(self, captions: Sequence[str]) -> Store:
         """The same store with its captions drawn from the sets of these names (of `text_sets`) alone.

@@ -101,17 +101,17 @@ def held_out_loss(
         ]
         losses.append(torch.stack(at_levels, dim=1).cpu().double())  # (B, levels)
     by_image = torch.cat(losses) if losses else torch.zeros(0, len(levels), dtype=torch.float64)
-    rows = [_mean_row(by_image[:, k], split, f"log_sigma={level}") for k, level in enumerate(levels)]
-    return [*rows, _mean_row(by_image.mean(dim=1), split, "all")]
+    rows = [mean_row(by_image[:, k], split, f"log_sigma={level}") for k, level in enumerate(levels)]
+    return [*rows, mean_row(by_image.mean(dim=1), split, "all")]
 
 
-def _mean_row(losses: Tensor, split: str, facet: str) -> MetricRow:
-    """The mean of (n,) losses; no interval from fewer than two."""
-    n = len(losses)
-    value = float(losses.mean()) if n else None
-    reach = Z * float(losses.std()) / math.sqrt(n) if n > 1 else None
+def mean_row(values: Tensor, split: str, facet: str, *, metric: str = "held_out_loss") -> MetricRow:
+    """The mean of (n,) figures of images, with a normal interval; none from fewer than two."""
+    n = len(values)
+    value = float(values.mean()) if n else None
+    reach = Z * float(values.std()) / math.sqrt(n) if n > 1 else None
     return MetricRow(
-        metric="held_out_loss",
+        metric=metric,
         split=split,
         facet=facet,
         value=value,

@@ -1,4 +1,5 @@
-"""Autoencoders behind one set of functions: `pixels` (identity), diffusers' AutoencoderKL, Tiny and DC.
+"""Autoencoders behind one set of functions: `pixels` (identity), diffusers' AutoencoderKL, Tiny and DC,
+Würstchen's three networks together, and its Stage A alone.
 
     images in [-1, 1] --encode_images--> raw latents --scale_latents--> what the model sees
     images in [-1, 1] <--decode_latents-------------------------------- what the model makes
@@ -25,6 +26,10 @@ from torch import Tensor, nn
 
 from shoestring.errors import RecipeError
 from shoestring.models.quiet import muted, no_bars
+from shoestring.models.sizes import check_size
+from shoestring.models.wuerstchen_autoencoder import WuerstchenAutoencoder, vq_factor
+from shoestring.models.wuerstchen_vqgan import PaellaVQModel
+from shoestring.storage import RunFolder
 
 PIXELS = "pixels"
 PIXELS_AT_ONCE = 2**20  # an AutoencoderKL takes 2.5 KB for each to encode and 4 KB to decode, in float32
@@ -54,6 +59,8 @@ CLASSES: dict[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderTiny": AutoencoderTiny,
     "AutoencoderDC": AutoencoderDC,
+    "PaellaVQModel": PaellaVQModel,
+    "WuerstchenAutoencoder": WuerstchenAutoencoder,
 }
 
 
@@ -89,13 +96,19 @@ class _AnyConfig(ConfigMixin):
 
 
 def load_autoencoder(path_or_id: str, revision: str | None = None) -> nn.Module:
-    """`pixels`, or the autoencoder in a local folder or hub repository (itself or its `vae/`), in float32.
+    """`pixels`, or the autoencoder in a local folder or hub repository, in float32.
 
-    Reads safetensors only. Raises `RecipeError` where there is none, or one of an unknown class.
+    A place is the autoencoder itself, or a pipeline with it in `vae/`; with `vqgan/`, `decoder/` and
+    `compressor/` it is a `WuerstchenAutoencoder`, with `vqgan/` alone a `PaellaVQModel`. For a run, its
+    exported pipeline is taken. Reads safetensors only. Raises `RecipeError` where there is none, or one of an
+    unknown class, `CheckpointError` where parts of Würstchen's are missing.
     """
     if path_or_id == PIXELS:
         return PixelAutoencoder().eval()
+    path_or_id = _exported(path_or_id)
     subfolder, name = _find_config(path_or_id, revision)
+    if subfolder == "vqgan" and _has_more(path_or_id, revision):
+        return WuerstchenAutoencoder.from_folder(path_or_id, revision=revision).requires_grad_(False)
     if name not in CLASSES:
         raise RecipeError(
             f"autoencoder {path_or_id}: its config.json names the class {name}. Known: {', '.join(CLASSES)}."
@@ -128,7 +141,7 @@ def encode_images(autoencoder: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
     means, spreads = [], []
     with _safe_type(autoencoder) as dtype:
         for part in _parts(autoencoder, images, 1):
-            result = autoencoder.encode(part.to(dtype))  # type: ignore[operator]
+            result = autoencoder.encode(_as_read(autoencoder, part).to(dtype))  # type: ignore[operator]
             if hasattr(result, "latent_dist"):
                 means.append(result.latent_dist.mean.float())
                 spreads.append(result.latent_dist.logvar.float().clamp(*LOG_VARIANCE_RANGE))
@@ -152,7 +165,7 @@ def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     raw = as_scaling(autoencoder).undo(latents.float())
     with _safe_type(autoencoder) as dtype:
         parts = _parts(autoencoder, raw, spatial_factor(autoencoder))
-        images = [autoencoder.decode(part.to(dtype)).sample.float() for part in parts]  # type: ignore[operator]
+        images = [_decode(autoencoder, part.to(dtype)).float() for part in parts]
     return torch.cat(images).clamp(-1, 1)
 
 
@@ -161,25 +174,52 @@ def as_scaling(scaling: nn.Module | LatentScaling) -> LatentScaling:
     if isinstance(scaling, LatentScaling):
         return scaling
     config: Any = scaling.config
+    if isinstance(scaling, PaellaVQModel):
+        return LatentScaling((0.0,), (1 / float(config["scale_factor"]),))
+    if isinstance(scaling, WuerstchenAutoencoder):
+        config = scaling.compressor.config
     factor = float(config.get("scaling_factor") or 1.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:  # a few AutoencoderKL (Playground 2.5) normalise by channel
-        return LatentScaling(tuple(map(float, mean)), tuple(factor / float(each) for each in std))
+        return LatentScaling(_numbers(mean), tuple(factor / each for each in _numbers(std)))
     return LatentScaling((float(config.get("shift_factor") or 0.0),), (factor,))
 
 
-def spatial_factor(autoencoder: nn.Module) -> int:
-    """Pixels along one side of a latent cell: 1 for pixels, 8 for Stable Diffusion's, 32 for DC."""
+def spatial_factor(autoencoder: nn.Module) -> int | float:
+    """Pixels along one side of a latent cell: 1 for pixels, 8 for Stable Diffusion's, 32 for DC.
+
+    A fraction for Würstchen's: 128 / 3 as published. `latent_side` is exact.
+    """
     if isinstance(autoencoder, PixelAutoencoder):
         return 1
+    if isinstance(autoencoder, WuerstchenAutoencoder):
+        factor = autoencoder.factor
+        return int(factor) if factor.denominator == 1 else float(factor)
     config: Any = autoencoder.config
+    if isinstance(autoencoder, PaellaVQModel):
+        return vq_factor(config)
     # The tiny class's own `spatial_scale_factor` is 2**out_channels, right for 3 colours and 4 blocks alone.
     blocks = config.get("encoder_block_out_channels") or config["block_out_channels"]
     return int(2 ** (len(blocks) - 1))
 
 
+def size_multiple(autoencoder: nn.Module) -> int:
+    """Sides of images must be multiples of this: a cell's side, or 128 for Würstchen's as published."""
+    if isinstance(autoencoder, WuerstchenAutoencoder):
+        return autoencoder.size_multiple
+    return int(spatial_factor(autoencoder))
+
+
+def latent_side(autoencoder: nn.Module, size: int) -> int:
+    """Latent cells along a side of `size` pixels; raises `RecipeError`, with the nearest, where none fit."""
+    check_size(size, size, size_multiple(autoencoder))
+    return round(size / spatial_factor(autoencoder))
+
+
 def latent_channels(autoencoder: nn.Module) -> int:
     """Channels of the latents."""
+    if isinstance(autoencoder, WuerstchenAutoencoder):
+        return int(autoencoder.compressor.config["c_latent"])
     config: Any = autoencoder.config
     return int(config["latent_channels"])
 
@@ -196,23 +236,39 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def encoder_fingerprint(autoencoder: nn.Module) -> str:
+    """`weights_fingerprint` of what decides the latents: Würstchen's compressor, else the whole network.
+
+    So that a decoder trained later for the same compressor may stand in for the first one.
+    """
+    if isinstance(autoencoder, WuerstchenAutoencoder):
+        return weights_fingerprint(autoencoder.compressor)
+    return weights_fingerprint(autoencoder)
+
+
 def first_line(error: Exception) -> str:
     """The first sentence of a library's long message."""
     return str(error).strip().split("\n")[0].rstrip(".").strip() or type(error).__name__
 
 
+def _exported(path_or_id: str) -> str:
+    """A run's exported pipeline where `path_or_id` is a run; anything else as it is."""
+    run = RunFolder(Path(path_or_id))
+    if not run.recipe.is_file():
+        return path_or_id
+    if not run.pipeline.is_dir():
+        raise RecipeError(f"autoencoder {path_or_id}: a run that has exported no pipeline/ yet.")
+    return str(run.pipeline)
+
+
 def _find_config(path_or_id: str, revision: str | None) -> tuple[str | None, str]:
-    """(subfolder, class name) of the autoencoder at a place; `vae/` is tried when the top holds none."""
+    """(subfolder, class name) of the autoencoder at a place: at the top, in `vae/` or in `vqgan/`."""
     problem: Exception | None = None
-    for subfolder in (None, "vae"):
+    for subfolder in (None, "vae", "vqgan"):
         try:
-            with no_bars():
-                config = _AnyConfig.load_config(path_or_id, subfolder=subfolder, revision=revision)
-        except (OSError, ValueError) as error:
+            return subfolder, _class_at(path_or_id, subfolder, revision)
+        except (OSError, ValueError, KeyError) as error:
             problem = problem or error
-            continue
-        if "_class_name" in config:
-            return subfolder, config["_class_name"]
     if Path(path_or_id).exists() or _looks_local(path_or_id):
         raise RecipeError(
             f"autoencoder {path_or_id}: no autoencoder there (a folder with config.json and "
@@ -226,16 +282,52 @@ def _find_config(path_or_id: str, revision: str | None) -> tuple[str | None, str
     )
 
 
+def _has_more(path_or_id: str, revision: str | None) -> bool:
+    """Whether Stage B or the compressor lies beside a `vqgan/`."""
+    for subfolder in ("decoder", "compressor"):
+        try:
+            _class_at(path_or_id, subfolder, revision)
+            return True
+        except (OSError, ValueError, KeyError):
+            continue
+    return False
+
+
+def _class_at(path_or_id: str, subfolder: str | None, revision: str | None) -> str:
+    """The class that a `config.json` names; raises OSError, ValueError or KeyError where there is none."""
+    with no_bars():
+        config = _AnyConfig.load_config(path_or_id, subfolder=subfolder, revision=revision)
+    return str(config["_class_name"])
+
+
 def _looks_local(path_or_id: str) -> bool:
     return path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1
 
 
-def _parts(autoencoder: nn.Module, batch: Tensor, factor: int) -> Sequence[Tensor]:
+def _as_read(autoencoder: nn.Module, images: Tensor) -> Tensor:
+    """Images [-1, 1] in the range the network reads: Stage A's is [0, 1]."""
+    return (images + 1) / 2 if isinstance(autoencoder, PaellaVQModel) else images
+
+
+def _decode(autoencoder: nn.Module, raw: Tensor) -> Tensor:
+    """Raw latents -> images, about [-1, 1]. Stage A is taken without its quantisation, as Würstchen does."""
+    if isinstance(autoencoder, PaellaVQModel):
+        return autoencoder.decode(raw, force_not_quantize=True).sample * 2 - 1
+    images: Tensor = autoencoder.decode(raw).sample  # type: ignore[operator]
+    return images
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """One number, or one a channel."""
+    return (float(value),) if isinstance(value, (int, float)) else tuple(map(float, value))
+
+
+def _parts(autoencoder: nn.Module, batch: Tensor, factor: float) -> Sequence[Tensor]:
     """A batch in parts of at most `PIXELS_AT_ONCE` pixels, where `factor` of them lie along a cell's side."""
     if isinstance(autoencoder, PixelAutoencoder) or not len(batch):
         return [batch]
     pixels = batch.shape[-2] * batch.shape[-1] * factor**2
-    return batch.split(max(1, PIXELS_AT_ONCE // pixels))
+    return batch.split(max(1, int(PIXELS_AT_ONCE // pixels)))
 
 
 @contextmanager

@@ -271,3 +271,19 @@ class Modulation(nn.Module):
 
     def forward(self, conditioning: Tensor) -> Sequence[Tensor]:
         return self.linear(F.gelu(conditioning, approximate="tanh")).chunk(self.num_vectors, dim=-1)
+
+
+class TextBlock(nn.Module):
+    """Pre-norm self-attention and SwiGLU over the text tokens."""
+
+    def __init__(self, size: int, head_dim: int, *, multiple_of: int, use_bias: bool, qk_norm: str) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(size)
+        self.attn = Attention(size, size, head_dim, bias=use_bias, qk_norm=qk_norm)
+        self.norm2 = layer_norm(size)
+        self.ff = SwiGLU(size, 4.0, multiple_of, bias=use_bias)
+
+    def forward(self, hidden_states: Tensor, text_mask: Tensor | None, rotary: Tensor | None) -> Tensor:
+        attended = self.attn(self.norm1(hidden_states), attention_mask=text_mask, rotary=rotary)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.ff(self.norm2(hidden_states))

@@ -40,6 +40,7 @@ from shoestring.models.layers import (
     ProjectionMlp,
     Resize,
     SwiGLU,
+    TextBlock,
     TimeEmbedding,
     grid_positions,
     layer_norm,
@@ -150,22 +151,6 @@ class MicroDiTBlock(nn.Module):
         )
         fed = self.ff(modulate(self.norm3(hidden_states), shift_mlp, scale_mlp))
         return torch.addcmul(hidden_states, gate_mlp[:, None], fed)
-
-
-class TextBlock(nn.Module):
-    """Pre-norm self-attention and SwiGLU over the text tokens."""
-
-    def __init__(self, size: int, head_dim: int, *, multiple_of: int, use_bias: bool, qk_norm: str) -> None:
-        super().__init__()
-        self.norm1 = layer_norm(size)
-        self.attn = Attention(size, size, head_dim, bias=use_bias, qk_norm=qk_norm)
-        self.norm2 = layer_norm(size)
-        self.ff = SwiGLU(size, 4.0, multiple_of, bias=use_bias)
-
-    def forward(self, hidden_states: Tensor, text_mask: Tensor | None, rotary: Tensor | None) -> Tensor:
-        attended = self.attn(self.norm1(hidden_states), attention_mask=text_mask, rotary=rotary)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.ff(self.norm2(hidden_states))
 
 
 class MicroDiT(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):

@@ -2,8 +2,15 @@
 
     captions --TextEncoder.encode--> EncodedText: per caption (L_i, C) --collate--> (B, L, C) + mask (B, L)
 
-`pad="none"` keeps each caption's real tokens only; `pad="encoder"` pads every caption to `max_tokens` with
-the encoder's own padding and keeps all of it, as models trained without a text mask expect.
+`pad` says what a caption's states are:
+
+    none       its real tokens only
+    encoder    all of `max_tokens`, padded by the tokenizer, and run as the encoder's own users do: CLIP and
+               SigLIP are not told which tokens are padding (MicroDiT), others are
+    masked     the same, and every encoder is told (Würstchen, Stable Cascade)
+
+Both paddings are for models that attend to them, without a text mask. CLIP is causal: with it they differ in
+the states of the padding alone.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ from shoestring.models.autoencoders import first_line, weights_fingerprint
 from shoestring.models.quiet import muted, no_bars
 
 HASHING = "hashing"
-PADS = ("none", "encoder")
+PADS = ("none", "encoder", "masked")
 BATCH = 64  # captions encoded at once
 
 # Words; a sign of a script that puts no spaces between words counts as a word; any other mark alone.
@@ -155,8 +162,8 @@ class TextEncoder:
     ) -> None:
         if pad not in PADS:
             raise RecipeError(f"pad {pad!r}: unknown. Use one of {', '.join(PADS)}.")
-        if pad == "encoder" and tokenizer is None:
-            raise RecipeError("pad 'encoder': the hashing text encoder does not pad. Use pad 'none'.")
+        if pad != "none" and tokenizer is None:
+            raise RecipeError(f"pad {pad!r}: the hashing text encoder does not pad. Use pad 'none'.")
         limit = _token_limit(model, tokenizer)
         if max_tokens is not None and not 1 <= max_tokens <= (limit or max_tokens):
             raise RecipeError(f"max_tokens {max_tokens}: this text encoder takes 1 to {limit or 'any'}.")
@@ -164,6 +171,11 @@ class TextEncoder:
         self.max_tokens = max_tokens or limit or 256
         self.name = name or (HASHING if tokenizer is None else type(model).__name__)
         self.revision = revision
+
+    @property
+    def padded(self) -> bool:
+        """Every caption has `max_tokens` tokens, all of which count: no mask is needed."""
+        return self.pad != "none"
 
     @property
     def width(self) -> int:
@@ -231,10 +243,10 @@ class TextEncoder:
         return EncodedText(tokens, torch.stack(pooled) if has_pooled else None, cut)
 
     def _encode_batch(self, captions: list[str]) -> tuple[list[Tensor], Tensor | None]:
-        always_padded = _is_siglip(self.model)
+        is_siglip = _is_siglip(self.model)
         inputs = self.tokenizer(
             captions,
-            padding="max_length" if self.pad == "encoder" or always_padded else "longest",
+            padding="max_length" if self.padded or is_siglip else "longest",
             truncation=True,
             max_length=self.max_tokens,
             padding_side="right",
@@ -244,15 +256,16 @@ class TextEncoder:
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
         if ids.shape[1] == 0:  # nothing but empty captions, and a tokenizer without marks of its own
             return [torch.zeros(1, self.width) for _ in captions], None
-        # CLIP is causal: padding cannot reach real tokens, and its users run it without a mask. SigLIP is
+        # CLIP is causal: padding cannot reach real tokens, and most users run it without a mask. SigLIP is
         # trained on captions padded to one length without a mask, and pools the last position.
-        unmasked = always_padded or (_is_clip(self.model) and self.pad == "encoder")
+        runs_unmasked = is_siglip or (_is_clip(self.model) and self.pad == "encoder")
+        unmasked = runs_unmasked and self.pad != "masked"
         output = self.model(input_ids=ids, **({} if unmasked else {"attention_mask": mask}))
         states = output.last_hidden_state.float().cpu()  # (B, L, C), after the final norm
         pooled = output.get("text_embeds")
         pooled = output.get("pooler_output") if pooled is None else pooled
         vectors = None if pooled is None else pooled.float().cpu()
-        if self.pad == "encoder":
+        if self.padded:
             return list(states), vectors
         real = mask.bool().cpu()
         parts = [row[keep] for row, keep in zip(states, real, strict=True)]

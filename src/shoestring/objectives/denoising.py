@@ -6,11 +6,14 @@ are grouped into batches and processes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shoestring.interfaces import Batch
 from shoestring.runtime import keyed_normal, keyed_uniform
@@ -44,9 +47,12 @@ def draw(
     )
 
 
-def held_out_noise(batch: Batch) -> Tensor:
-    """Noise (B, C, H, W) for losses on held-out images: the same in every run, whatever its seed."""
-    return keyed_normal(0, "held_out_noise", batch.index, batch.latents.shape[1:])
+def held_out_noise(batch: Batch, shape: Sequence[int] | None = None) -> Tensor:
+    """Noise for losses on held-out images: the same in every run, whatever its seed.
+
+    (B, *shape), of the batch's latents where no shape is given.
+    """
+    return keyed_normal(0, "held_out_noise", batch.index, shape or batch.latents.shape[1:])
 
 
 def of_any_length(text: Tensor | None) -> Tensor | None:
@@ -74,6 +80,46 @@ def drop_captions(batch: Batch, share: float, seed: int) -> Batch:
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         mask = torch.where(dropped[:, None], first[None], mask)
     return replace(batch, text=text, text_mask=mask)
+
+
+def replace_captions(batch: Batch, dropped: Tensor, null_text: Tensor) -> Batch:
+    """The captions of the images where `dropped` (B,) is True become `null_text` (L0, C).
+
+    With a mask, texts shorter than L0 tokens are lengthened by masked zeros, whether or not any caption is
+    dropped, so that no shape depends on a coin. Without one (padded text) L0 is the length of every text.
+    """
+    text, mask = batch.text, batch.text_mask
+    null = null_text.to(text)
+    length = max(text.shape[1], len(null))
+    if mask is None:
+        assert text.shape[1] == len(null), "without a mask the empty caption is as long as every other"
+    else:
+        mask = F.pad(mask, (0, length - mask.shape[1]))
+        real = torch.arange(length, device=mask.device) < len(null)
+        mask = torch.where(dropped[:, None], real, mask)
+    text = F.pad(text, (0, 0, 0, length - text.shape[1]))
+    null = F.pad(null, (0, 0, 0, length - len(null)))
+    return replace(batch, text=torch.where(dropped[:, None, None], null, text), text_mask=mask)
+
+
+def batch_starts(index: Tensor, size: int, start: int = 0) -> Tensor:
+    """Position (B,) of the first image of each image's batch, for batches of `size` that begin at `start`.
+
+    A key that all images of a global batch share on every process, in every microbatch and after a resume.
+    """
+    return index - (index - start) % size
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """The module and all below it in eval mode, and afterwards each as it was."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def draw_keep(batch: Batch, patch_size: int, mask_ratio: float, seed: int) -> Tensor | None:

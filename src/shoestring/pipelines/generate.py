@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -13,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from shoestring.models.quiet import muted
-from shoestring.pipelines.microdit import logger
+from shoestring.pipelines.prompts import logger
 from shoestring.sampling.grid import grid
 from shoestring.storage import atomic_path
 
@@ -53,6 +54,7 @@ def generate(
     """
     steps = pipeline.config.default_steps if steps is None else steps
     guidance = pipeline.config.default_guidance if guidance is None else guidance
+    scheduler = type(_sampler(pipeline)).__name__
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -60,12 +62,28 @@ def generate(
         with muted(logger.name):
             images = pipeline(
                 list(prompts[part]),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
                 generator=generators,
+                **_how(pipeline, steps, guidance),
             ).images
         for image, prompt, seed in zip(images, prompts[part], seeds[part], strict=True):
-            yield Picture(image, prompt, seed, steps, guidance, type(pipeline.scheduler).__name__)
+            yield Picture(image, prompt, seed, steps, guidance, scheduler)
+
+
+def _how(pipeline: DiffusionPipeline, steps: int, guidance: float) -> dict[str, Any]:
+    """Steps and guidance as a call's arguments; a cascade's are those of its first stage."""
+    names = ("num_inference_steps", "guidance_scale")
+    if _is_cascade(pipeline):
+        names = ("prior_num_inference_steps", "prior_guidance_scale")
+    return dict(zip(names, (steps, guidance), strict=True))
+
+
+def _sampler(pipeline: DiffusionPipeline) -> Any:
+    return pipeline.prior_scheduler if _is_cascade(pipeline) else pipeline.scheduler
+
+
+def _is_cascade(pipeline: DiffusionPipeline) -> bool:
+    """Whether a first stage makes what a second one decodes."""
+    return "prior_scheduler" in pipeline.components
 
 
 def save_png(picture: Picture, path: Path) -> None:

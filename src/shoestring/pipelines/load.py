@@ -11,21 +11,106 @@ from diffusers.utils import is_accelerate_available
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from shoestring.errors import CheckpointError
+from shoestring.data.store import split_revision
+from shoestring.errors import CheckpointError, RecipeError
 from shoestring.models.quiet import muted, no_bars
 from shoestring.pipelines.microdit import MicroDiTPipeline
+from shoestring.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
+from shoestring.pipelines.wuerstchen_published import (
+    PIPELINES,
+    check_prior,
+    combine,
+    find_prior,
+    is_published,
+    load_published,
+    missing_prior,
+)
 from shoestring.storage import RunFolder, read_json
 
 _INDEX = "model_index.json"
-_OURS = {"MicroDiTPipeline": MicroDiTPipeline}
+_OURS = {"MicroDiTPipeline": MicroDiTPipeline, **PIPELINES}
+_BESIDE = "beside"
 
 
-def load(path_or_id: str | Path, **kwargs: Any) -> DiffusionPipeline:
+def load(
+    path_or_id: str | Path, *, prior: str | Path | DiffusionPipeline | None = _BESIDE, **kwargs: Any
+) -> DiffusionPipeline:
     """The pipeline in a run folder (its newest export), a pipeline folder, or a hub repository.
 
     Keyword arguments go to diffusers' `from_pretrained` (`dtype`, `quantization_config`, `revision`,
     ...). Reads safetensors only. Raises `CheckpointError` where there is no pipeline.
+
+    Published Würstchen repositories take `dtype`, `revision`, and parts to use instead of their own
+    (`decoder=...`, `prior_text_encoder=...`). Stage B and A (warp-ai/wuerstchen) are joined with Stage C,
+    looked for in the folder NAME-prior, by the model card's `prior`, as the hub id NAME-prior. `prior` names
+    another: a run, a folder, a hub id[@revision] or a loaded pipeline; None loads the decoder alone. With
+    `prior` given, a decoder's pipeline of our own is joined likewise.
     """
+    name, index = _open(path_or_id, kwargs.get("revision"))
+    kind = str(index["_class_name"])
+    if "torch_dtype" in kwargs:  # as diffusers called it before
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    kwargs.setdefault("dtype", torch.float32)
+    if kind != WuerstchenDecoderPipeline.__name__:
+        if prior is not None and prior != _BESIDE:
+            raise RecipeError(f"prior: has no effect, since {path_or_id} is a {kind}. Leave it out.")
+        return _load_one(name, index, kwargs)
+    if prior is None or (prior == _BESIDE and not is_published(index)):
+        return _load_one(name, index, kwargs)
+    return _load_joined(name, index, prior, kwargs)
+
+
+def _load_one(name: str, index: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    """The pipeline of one folder or repository, as its index says."""
+    if is_published(index):
+        return load_published(name, index, **kwargs)
+    return _load(name, str(index["_class_name"]), **kwargs)
+
+
+def _load_joined(
+    name: str, index: dict[str, Any], prior: str | Path | DiffusionPipeline, kwargs: dict[str, Any]
+) -> DiffusionPipeline:
+    """The decoder at `name` with Stage C from `prior`; keywords that begin with `prior_` are Stage C's."""
+    theirs = {key.removeprefix("prior_"): kwargs.pop(key) for key in list(kwargs) if key.startswith("prior_")}
+    if isinstance(prior, DiffusionPipeline):
+        if theirs:
+            raise RecipeError(f"prior_{next(iter(theirs))}: has no effect on a loaded prior. Leave it out.")
+        return combine(name, _load_one(name, index, kwargs), prior)
+    revision = None
+    if prior == _BESIDE:
+        prior = find_prior(name, kwargs.get("revision"))
+        advice = f"{name}: {missing_prior(name)} "
+    else:
+        prior, revision = split_revision(str(prior))
+        advice = ""
+    try:  # before gigabytes of the decoder are read
+        place, theirs_index = _open(prior, revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"{advice}({error})" if advice else str(error)) from error
+    check_prior(place, str(theirs_index["_class_name"]))
+    decoder = _load_one(name, index, kwargs)
+    settings = {"dtype": kwargs["dtype"], **({"revision": revision} if revision else {}), **theirs}
+    return combine(name, decoder, _load_one(place, theirs_index, settings))
+
+
+def _load(name: str, kind: str, **kwargs: Any) -> DiffusionPipeline:
+    pipeline_class = _OURS.get(kind, DiffusionPipeline)
+    kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # else diffusers warns at each part
+    try:
+        # diffusers writes into the tiny autoencoder's configuration what it then warns of when reading it.
+        with no_bars(), muted("diffusers.configuration_utils", about="AutoencoderTiny"):
+            return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
+    except CheckpointError:  # our pipelines', of stages that do not fit together
+        raise
+    except Exception as error:  # diffusers raises all kinds for files that are not what they should be
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{name}: a part of the pipeline is missing or damaged ({reason}). Export or download it again."
+        ) from error
+
+
+def _open(path_or_id: str | Path, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """(folder or hub id, its index); a run's is its newest export."""
     name = str(path_or_id)
     folder = Path(name)
     if folder.is_dir() and (folder / "recipe.yaml").is_file():
@@ -36,25 +121,15 @@ def load(path_or_id: str | Path, **kwargs: Any) -> DiffusionPipeline:
                 f"{path_or_id}: this run has no pipeline yet; it is written at the first checkpoint. "
                 "Let `shoestring train --resume` reach one."
             )
-    index = folder / _INDEX if folder.is_dir() else _download_index(name, kwargs.get("revision"))
+    index = folder / _INDEX if folder.is_dir() else _download_index(name, revision)
     if not index.is_file():
         raise CheckpointError(f"{name}: no pipeline here (no {_INDEX}). Give a run or a pipeline folder.")
     try:
-        class_name = read_json(index)["_class_name"]
+        content = read_json(index)
+        content["_class_name"]
+        return name, dict(content)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: cannot be read ({error}). Export or download it again.") from error
-    pipeline_class = _OURS.get(str(class_name), DiffusionPipeline)
-    kwargs.setdefault("dtype", torch.float32)
-    kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # else diffusers warns at each part
-    try:
-        # diffusers writes into the tiny autoencoder's configuration what it then warns of when reading it.
-        with no_bars(), muted("diffusers.configuration_utils", about="AutoencoderTiny"):
-            return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
-    except Exception as error:  # diffusers raises all kinds for files that are not what they should be
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{name}: a part of the pipeline is missing or damaged ({reason}). Export or download it again."
-        ) from error
 
 
 def _download_index(name: str, revision: str | None) -> Path:

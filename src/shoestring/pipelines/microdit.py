@@ -6,7 +6,7 @@ noise --scheduler: 2 x MicroDiT a step, guidance--> latents --autoencoder--> pic
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,23 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from shoestring.models.autoencoders import decode_latents, latent_channels, spatial_factor
+from shoestring.models.autoencoders import (
+    LatentScaling,
+    as_scaling,
+    decode_latents,
+    latent_channels,
+    latent_side,
+    size_multiple,
+    spatial_factor,
+)
 from shoestring.models.microdit import MicroDiT, ProjectedText
-from shoestring.models.text_encoders import TextEncoder, collate
+from shoestring.models.text_encoders import TextEncoder
 from shoestring.objectives.flow import TIMESTEPS, velocity_from_x0
+from shoestring.pipelines.prompts import Text, encode_prompts, repeat, stack_text
+from shoestring.pipelines.shim import write_shim
 from shoestring.sampling.edm_heun import EDMHeunScheduler
 
 PREDICTIONS = ("edm", "velocity", "x0")
-_SHIM = "from shoestring.pipelines.microdit import MicroDiTPipeline  # noqa: F401\n"
-
-logger = logging.getLogger(__name__)
 
 
 class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
@@ -55,6 +62,8 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         max_tokens: int | None = None,
         default_steps: int = 30,
         default_guidance: float = 5.0,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -74,14 +83,15 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             max_tokens=max_tokens,
             default_steps=default_steps,
             default_guidance=default_guidance,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
         )
-        factor = 1 if vae is None else spatial_factor(vae)
-        self.vae_scale_factor = factor
+        self.vae_scale_factor = 1 if vae is None else spatial_factor(vae)
         self._guidance_scale = float(default_guidance)
         self._num_timesteps = 0
         self._current_timestep: Tensor | None = None
         self._interrupt = False
-        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+        self.image_processor = VaeImageProcessor()  # sizes are checked here
 
     @property
     def guidance_scale(self) -> float:
@@ -107,6 +117,12 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     def interrupt(self) -> bool:
         """Set to True in a callback to stop after the step."""
         return self._interrupt
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of pictures must be multiples of this: the autoencoder's cells fill whole patches."""
+        multiple, patch = size_multiple(self.vae), self.transformer.config.patch_size
+        return multiple * patch // math.gcd(latent_side(self.vae, multiple), patch)
 
     def encode_prompt(
         self,
@@ -141,12 +157,12 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             if negative_prompt_attention_mask is not None:
                 negative_prompt_attention_mask = negative_prompt_attention_mask.expand(count, -1)
         dtype = self.transformer.dtype if self.transformer is not None else prompt_embeds.dtype
-        prompt_embeds = _repeat(prompt_embeds, num_images_per_prompt, device).to(dtype)
-        negative_prompt_embeds = _repeat(negative_prompt_embeds, num_images_per_prompt, device).to(dtype)
+        prompt_embeds = repeat(prompt_embeds, num_images_per_prompt, device).to(dtype)
+        negative_prompt_embeds = repeat(negative_prompt_embeds, num_images_per_prompt, device).to(dtype)
         if prompt_attention_mask is not None:
-            prompt_attention_mask = _repeat(prompt_attention_mask, num_images_per_prompt, device)
+            prompt_attention_mask = repeat(prompt_attention_mask, num_images_per_prompt, device)
         if negative_prompt_attention_mask is not None:
-            negative_prompt_attention_mask = _repeat(
+            negative_prompt_attention_mask = repeat(
                 negative_prompt_attention_mask, num_images_per_prompt, device
             )
         return (
@@ -156,12 +172,8 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             negative_prompt_attention_mask,
         )
 
-    def _encode(self, prompt: str | list[str]) -> tuple[Tensor, Tensor | None]:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        for line in self.cut_prompts(list(dict.fromkeys(prompts))):
-            logger.warning(line)
-        text, mask = collate(self._captions().encode(prompts).tokens)
-        return text, None if self.config.text_pad == "encoder" else mask
+    def _encode(self, prompt: str | list[str]) -> Text:
+        return encode_prompts(self._captions(), [prompt] if isinstance(prompt, str) else prompt)
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """A line for each prompt that is longer than the text encoder takes."""
@@ -170,10 +182,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     def _captions(self) -> TextEncoder:
         """The text encoder as captions were encoded in training."""
         return TextEncoder(
-            self.text_encoder,
-            self.tokenizer,
-            pad=self.config.text_pad,
-            max_tokens=self.config.max_tokens,
+            self.text_encoder, self.tokenizer, pad=self.config.text_pad, max_tokens=self.config.max_tokens
         )
 
     def check_inputs(
@@ -186,7 +195,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raise `ValueError` for inputs that cannot be sampled."""
-        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        multiple = self.size_multiple
         if height % multiple or width % multiple or min(height, width) < multiple:
             nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
             raise ValueError(
@@ -232,7 +241,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         `latents` are standard normal noise (B n, C, h, w), scaled by the scheduler's first noise level here.
         `output_type` is "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent".
         """
-        side = self.transformer.config.sample_size * self.vae_scale_factor
+        side = round(self.transformer.config.sample_size * self.vae_scale_factor)
         height, width = height or side, width or side
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         self.check_inputs(prompt, height, width, steps, prompt_embeds, callback_on_step_end_tensor_inputs)
@@ -254,7 +263,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         )
         text, mask = prompt_embeds, prompt_attention_mask
         if self.do_classifier_free_guidance:
-            text, mask = _stack_text(
+            text, mask = stack_text(
                 (negative_prompt_embeds, negative_prompt_attention_mask),
                 (prompt_embeds, prompt_attention_mask),
             )
@@ -283,7 +292,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         images = latents
         if output_type != "latent":
-            decoded = decode_latents(self.vae, latents)
+            decoded = decode_latents(self.vae, self._as_decoded(latents))
             images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -298,13 +307,21 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         latents: Tensor | None,
     ) -> Tensor:
         """Standard normal noise (count, C, h, w) in float32, drawn with `generator` unless given."""
-        factor = self.vae_scale_factor
-        shape = (count, latent_channels(self.vae), height // factor, width // factor)
+        sides = (latent_side(self.vae, side) for side in (height, width))
+        shape = (count, latent_channels(self.vae), *sides)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)}: must be {shape}.")
         return latents.to(device, torch.float32)
+
+    def _as_decoded(self, latents: Tensor) -> Tensor:
+        """Latents scaled as the autoencoder wants them, from as the network was trained on them."""
+        mean, std = self.config.latents_mean, self.config.latents_std
+        if mean is None or std is None:
+            return latents
+        scaling = LatentScaling(tuple(mean), tuple(1 / each for each in std))
+        return as_scaling(self.vae).apply(scaling.undo(latents))
 
     def _prompt_inputs(self, text: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What depends on the prompt alone, as arguments of the network.
@@ -345,31 +362,6 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return output
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with the one-line `pipeline.py` that lets plain diffusers open it.
-
-        `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`.
-        """
+        """Save as diffusers does, with the one-line `pipeline.py` that lets plain diffusers open it."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        Path(save_directory, "pipeline.py").write_text(_SHIM, encoding="utf-8")
-
-
-def _repeat(tensor: Tensor, count: int, device: torch.device) -> Tensor:
-    return tensor.to(device).repeat_interleave(count, dim=0)
-
-
-def _stack_text(
-    first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Two texts with their masks one above the other, the shorter padded with tokens that do not count."""
-    length = max(first[0].shape[1], second[0].shape[1])
-    texts, masks = [], []
-    for text, mask in (first, second):
-        missing = length - text.shape[1]
-        if mask is None and (missing or first[1] is not None or second[1] is not None):
-            mask = text.new_ones(text.shape[:2], dtype=torch.bool)
-        texts.append(nn.functional.pad(text, (0, 0, 0, missing)))
-        masks.append(None if mask is None else nn.functional.pad(mask.bool(), (0, missing)))
-    stacked = torch.cat(texts)
-    if masks[0] is None or masks[1] is None:
-        return stacked, None
-    return stacked, torch.cat([masks[0], masks[1]])
+        write_shim(self, save_directory)

@@ -7,13 +7,28 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from shoestring.recipes import stage_checks
 from shoestring.recipes.messages import did_you_mean, requirement, shown
 
 if TYPE_CHECKING:
-    from shoestring.recipes.schema import MicroDiTModel, Phase, Recipe
+    from shoestring.recipes.architectures import MicroDiTModel
+    from shoestring.recipes.schema import Phase, Recipe
 
-SCHEDULERS = {"edm": ("edm_heun", "edm_euler", "edm_dpm"), "flow": ("flow_euler", "flow_heun")}
-"""Samplers by the kind of objective that trains for them."""
+SCHEDULERS = {
+    "edm": ("edm_heun", "edm_euler", "edm_dpm"),
+    "flow": ("flow_euler", "flow_heun"),
+    "decoder": ("cosine_ddpm",),
+    "prior": ("cosine_ddpm",),
+}
+"""Samplers by the kind of objective that trains for them; reconstruction needs none."""
+
+OBJECTIVES = {
+    "microdit": ("edm", "flow"),
+    "wuerstchen_vqgan": ("reconstruction",),
+    "wuerstchen_decoder": ("decoder",),
+    "wuerstchen_prior": ("prior",),
+}
+"""Objectives by the kind of model that they train."""
 
 Problems = Iterator[tuple[str, str]]
 """(dotted key, what is wrong with it and what to do)."""
@@ -21,11 +36,20 @@ Problems = Iterator[tuple[str, str]]
 
 def problems(recipe: Recipe) -> Problems:
     """What is wrong between the keys of a recipe whose every key is right by itself."""
+    kinds = OBJECTIVES[recipe.model.kind]
+    if recipe.objective.kind not in kinds:
+        what = f"{recipe.objective.kind} does not train a {recipe.model.kind}"
+        yield "objective.kind", f"{what}. Allowed: {', '.join(kinds)}."
+        return
     yield from _data_problems(recipe)
-    yield from _model_problems(recipe)
+    if recipe.model.kind == "microdit":
+        yield from _model_problems(recipe.model)
+        yield from _mask_problems(recipe, recipe.model)
+    else:
+        yield from stage_checks.problems(recipe)
     yield from _objective_problems(recipe)
+    yield from _sampling_problems(recipe)
     yield from _phase_problems(recipe)
-    yield from _mask_problems(recipe)
     yield from _setting_problems(recipe)
 
 
@@ -56,7 +80,7 @@ def _data_problems(recipe: Recipe) -> Problems:
         yield "data", "needs either `store` (a folder made by `shoestring encode`) or `scenes`, and not both."
     if data.scenes is None:
         return
-    if recipe.evaluation.prompts > data.scenes.held_out:
+    if recipe.sampling is not None and recipe.evaluation.prompts > data.scenes.held_out:
         yield (
             "evaluation.prompts",
             f"{recipe.evaluation.prompts} prompts, but only {data.scenes.held_out} scenes are held out "
@@ -70,8 +94,7 @@ def _data_problems(recipe: Recipe) -> Problems:
             )
 
 
-def _model_problems(recipe: Recipe) -> Problems:
-    model = recipe.model
+def _model_problems(model: MicroDiTModel) -> Problems:
     blocks_of = {"": model.depth, "mixer_": model.mixer_depth}
     for part, depth in blocks_of.items():
         for key in ("qkv_ratio", "mlp_ratio"):
@@ -116,11 +139,14 @@ def _model_problems(recipe: Recipe) -> Problems:
 
 def _objective_problems(recipe: Recipe) -> Problems:
     objective = recipe.objective
-    numbers = [key for key in type(objective).model_fields if key not in {"kind", "prediction"}]
+    changes = objective.kind in {"edm", "flow"}  # noise levels may change from phase to phase
+    numbers = [key for key in type(objective).model_fields if changes and key not in {"kind", "prediction"}]
     for i, phase in enumerate(recipe.phases):
         where = f"phases.{i}.objective"
         for key in phase.objective:
-            if key not in numbers:
+            if not changes:
+                yield f"{where}.{key}", f"objective {objective.kind} is the same in all phases. Leave it out."
+            elif key not in numbers:
                 yield (
                     f"{where}.{key}",
                     f"no number of objective {objective.kind}.{did_you_mean(key, numbers)}",
@@ -139,15 +165,26 @@ def _objective_problems(recipe: Recipe) -> Problems:
                 yield "objective.weight_cap", "has no effect with prediction velocity. Set it to null."
             if phase.objective.get("weight_cap") is not None:
                 yield f"{where}.weight_cap", "has no effect with prediction velocity. Leave it out."
-    fitting = SCHEDULERS[objective.kind]
-    if recipe.sampling.scheduler not in fitting:
+
+
+def _sampling_problems(recipe: Recipe) -> Problems:
+    sampling, kind = recipe.sampling, recipe.objective.kind
+    fitting = SCHEDULERS.get(kind, ())
+    if not fitting:
+        if sampling is not None:
+            yield "sampling", f"has no effect with objective {kind}. Leave it out."
+        return
+    if sampling is None:
+        yield "sampling", f"missing. Add a scheduler: {', '.join(fitting)}."
+        return
+    if sampling.scheduler not in fitting:
         yield (
             "sampling.scheduler",
-            f"{recipe.sampling.scheduler!r} does not fit objective {objective.kind}. "
-            f"Allowed: {', '.join(fitting)}.",
+            f"{sampling.scheduler!r} does not fit objective {kind}. Allowed: {', '.join(fitting)}.",
         )
-    if recipe.sampling.shift != 1 and objective.kind != "flow":
-        yield "sampling.shift", "has no effect with an EDM scheduler. Leave it out."
+    if sampling.shift != 1 and kind != "flow":
+        words = "an EDM" if kind == "edm" else "this"
+        yield "sampling.shift", f"has no effect with {words} scheduler. Leave it out."
 
 
 def _phase_problems(recipe: Recipe) -> Problems:
@@ -175,7 +212,7 @@ def _phase_problems(recipe: Recipe) -> Problems:
             )
 
 
-def _mask_problems(recipe: Recipe) -> Problems:
+def _mask_problems(recipe: Recipe, model: MicroDiTModel) -> Problems:
     for i, phase in enumerate(recipe.phases):
         where, ramp, batches = f"phases.{i}.mask", phase.mask, -(-phase.images // phase.batch)
         if not isinstance(ramp, float):
@@ -187,20 +224,19 @@ def _mask_problems(recipe: Recipe) -> Problems:
                     few, cure = "one batch", "Give one number."
                 yield f"{where}.steps", f"{ramp.steps} ratios, but the phase has {few}. {cure}"
         if recipe.data.autoencoder == "pixels":
-            patch, size = recipe.model.patch_size, phase.size
+            patch, size = model.patch_size, phase.size
             if size % patch:
                 told = f"{patch} does not divide the {size} x {size} latents of {size} px"
                 yield "model.patch_size", f"{told}. Use a size that is a multiple."
                 continue
-            num_patches = (phase.size // recipe.model.patch_size) ** 2
-            if problem := mask_problem(recipe.model, phase, num_patches):
+            num_patches = (phase.size // patch) ** 2
+            if problem := mask_problem(model, phase, num_patches):
                 yield where, problem
 
 
 def _setting_problems(recipe: Recipe) -> Problems:
-    model, train = recipe.model, recipe.train
-    places = [model.expert_blocks, model.mixer_expert_blocks if model.mixer_depth else 0]
-    if recipe.optimizer.expert_lr_ratio != 1 and not (model.num_experts and any(places)):
+    train = recipe.train
+    if recipe.optimizer.expert_lr_ratio != 1 and not _any_experts(recipe):
         yield "optimizer.expert_lr_ratio", "has no effect on a model without experts. Set it to 1."
     if recipe.ema is not None and all(phase.ema != "same" for phase in recipe.phases):
         yield "ema", "has no effect: every phase has its own. Set it to null."
@@ -228,3 +264,11 @@ def _setting_problems(recipe: Recipe) -> Problems:
     ):
         if len(set(items)) < len(items):
             yield where, "names an item twice."
+
+
+def _any_experts(recipe: Recipe) -> bool:
+    model = recipe.model
+    if model.kind != "microdit":
+        return False
+    places = [model.expert_blocks, model.mixer_expert_blocks if model.mixer_depth else 0]
+    return bool(model.num_experts and any(places))

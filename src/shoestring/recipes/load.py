@@ -6,11 +6,15 @@
 A later layer wins key by key. Three exceptions: a list is replaced whole, unless the layer gives a mapping
 from item numbers (`phases: {0: {images: 1k}}`); a section that gets another `kind` is replaced whole;
 `data.store` and `data.scenes` displace each other.
+
+A recipe with `stages:` is several recipes that are trained in order: each stage is a layer on top of all the
+rest, runs under NAME-STAGE, and `stage:a` in it stands for the run of stage a.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -25,6 +29,8 @@ from shoestring.errors import RecipeError
 from shoestring.recipes.messages import did_you_mean, nearest, requirement, shown
 from shoestring.recipes.schema import Recipe
 
+_STAGE = re.compile(r"[a-z][a-z0-9_]*")
+
 Path_ = tuple[str | int, ...]
 """Where in a recipe: ("phases", 0, "lr")."""
 
@@ -32,17 +38,28 @@ Path_ = tuple[str | int, ...]
 def load_recipe(name_or_path: str | Path, sets: Sequence[str] = ()) -> Recipe:
     """The resolved recipe of a built-in name or a YAML file, with `--set` assignments on top.
 
-    Raises `RecipeError` with one line that names the file (or `--set`), the key, and what is allowed.
+    Raises `RecipeError` with one line that names the file (or `--set`), the key, and what is allowed; also
+    for a recipe of several stages.
+    """
+    stages = load_stages(name_or_path, sets)
+    if set(stages) != {""}:
+        raise RecipeError(f"recipe {name_or_path}: has stages: {', '.join(stages)}. Choose one with --stage.")
+    return stages[""]
+
+
+def load_stages(
+    name_or_path: str | Path, sets: Sequence[str] = (), runs: Path = Path("runs")
+) -> dict[str, Recipe]:
+    """The resolved recipes of all stages by their names, in order; {"": recipe} where there are no stages.
+
+    `runs` is the folder that holds their runs.
     """
     layers = _Layers()
     for label, values in reversed(_chain(str(name_or_path))):
         layers.add(values, label)
     if sets:
         layers.add(_assignments(sets), "--set")
-    try:
-        return Recipe.model_validate(layers.values)
-    except ValidationError as error:
-        raise layers.explained(error) from None
+    return {stage: part.recipe() for stage, part in layers.stages(runs).items()}
 
 
 def dump(recipe: Recipe) -> str:
@@ -84,6 +101,7 @@ class _Layers:
 
     def __init__(self) -> None:
         self.values: Any = {}
+        self.prefix: Path_ = ()  # where in the file these values stand: ("stages", "a")
         self.origins: dict[Path_, str] = {(): "recipe"}
 
     def add(self, values: Mapping[str, Any], label: str) -> None:
@@ -126,6 +144,37 @@ class _Layers:
             items[number] = self._merged(items[number], value, (*path, number), label)
         return items
 
+    def recipe(self) -> Recipe:
+        """The merged values, checked."""
+        try:
+            return Recipe.model_validate(self.values)
+        except ValidationError as error:
+            raise self.explained(error) from None
+
+    def stages(self, runs: Path) -> dict[str, _Layers]:
+        """The layers of each stage; of the recipe itself, under an empty name, where it has no stages."""
+        if not isinstance(self.values, dict) or "stages" not in self.values:
+            return {"": self}
+        shared = {key: value for key, value in self.values.items() if key != "stages"}
+        stages, place = self.values["stages"], _place(self._origin(("stages",)), ("stages",))
+        if not isinstance(stages, dict) or not stages:
+            raise RecipeError(f"{place}: must be a section with a recipe for each stage, in order.")
+        found: dict[str, _Layers] = {}
+        for name, values in stages.items():
+            if not isinstance(values, dict) or not _STAGE.fullmatch(str(name)):
+                raise RecipeError(f"{place}.{name}: must be a name in small letters, and a section of keys.")
+            part = found[str(name)] = _Layers()
+            part.origins |= {path: label for path, label in self.origins.items() if path[:1] != ("stages",)}
+            part.values = part._merged(shared, values, (), self.origins[()])
+            part.values["name"] = f"{shared['name']}-{name}"
+            part.origins |= {
+                path[2:]: label for path, label in self.origins.items() if path[:2] == ("stages", name)
+            }
+            part.prefix = ("stages", str(name))
+            runs_before = {each: runs / f"{shared['name']}-{each}" for each in found if each != str(name)}
+            part.values = _with_runs(part.values, runs_before, f"{place}.{name}")
+        return found
+
     def explained(self, error: ValidationError) -> RecipeError:
         """The first mistake that pydantic found, unknown keys before all others, in our words."""
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
@@ -136,12 +185,13 @@ class _Layers:
                 int(part) if part.isdecimal() else part for part in context["path"].split(".")
             )
             label = self._origin(path) if self._origin(path) == "--set" else self.origins[()]
-            return RecipeError(f"{_place(label, path)}: {context['message']}")
+            return RecipeError(f"{_place(label, (*self.prefix, *path))}: {context['message']}")
         path = _real_path(first["loc"], self.values)
         others = [_real_path(problem["loc"], self.values) for problem in problems]
         count = sum(path[: len(other)] != other for other in others)
         more = f" (and {count} more)" if count else ""
-        return RecipeError(f"{_place(self._origin(path), path)}: {self._message(first, path)}{more}")
+        where = _place(self._origin(path), (*self.prefix, *path))
+        return RecipeError(f"{where}: {self._message(first, path)}{more}")
 
     def _message(self, problem: Mapping[str, Any], path: Path_) -> str:
         kind, context, given = problem["type"], problem.get("ctx", {}), problem.get("input")
@@ -163,6 +213,20 @@ class _Layers:
     def _origin(self, path: Path_) -> str:
         """The layer that set the place, or else what holds it."""
         return next(self.origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.origins)
+
+
+def _with_runs(value: Any, runs: Mapping[str, Path], label: str) -> Any:
+    """A copy of `value` in which `stage:a` has become the run of stage a; only earlier stages have one."""
+    if isinstance(value, dict):
+        return {key: _with_runs(each, runs, label) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_runs(each, runs, label) for each in value]
+    if not isinstance(value, str) or not value.startswith("stage:"):
+        return value
+    stage = value.removeprefix("stage:")
+    if stage not in runs:
+        raise RecipeError(f"{label}: {value} names no earlier stage.{did_you_mean(stage, runs)}")
+    return str(runs[stage])
 
 
 def _chain(name: str) -> list[tuple[str, dict[str, Any]]]:

@@ -8,48 +8,30 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from shoestring.recipes.architectures import MicroDiTModel, Model
 from shoestring.recipes.checks import problems
-
-_COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmb]?)", re.IGNORECASE)
-_MOST_IMAGES = 10**15
-_FACTOR = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
-
-
-def parse_images(value: Any) -> int:
-    """A count of images: 50000, "50k", "5.12M" or "1B" -> int; raises `ValueError` for anything else."""
-    match = (
-        _COUNT.fullmatch(str(value).strip()) if isinstance(value, (int, float, str)) else None
-    )  # "True" is no match
-    if match and Decimal(match[1]) <= _MOST_IMAGES:  # int(1e999999999) would not come to an end
-        count = Decimal(match[1]) * _FACTOR[match[2].lower()]
-        if count == int(count):
-            return int(count)
-    raise ValueError("must be a whole number of images, such as 50000, 50k or 5.12M")
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
-
-
-def _one_or_list(value: Any) -> str:
-    return "list" if isinstance(value, (list, tuple)) else "one"
+from shoestring.recipes.fields import (
+    Count,
+    CountOrNone,
+    Decay,
+    Images,
+    Name,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Share,
+    SomeImages,
+    Text,
+    Whole,
+    Width,
+)
+from shoestring.recipes.losses import Objective
 
 
 def _one_or_section(value: Any) -> str:
@@ -58,37 +40,6 @@ def _one_or_section(value: Any) -> str:
 
 def _same_or_given(value: Any) -> str:
     return "none" if value is None else "same" if isinstance(value, str) and value == "same" else "given"
-
-
-Whole = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Images = Annotated[int, BeforeValidator(parse_images)]
-SomeImages = Annotated[Images, Field(ge=1)]
-Count = Annotated[Whole, Field(ge=1)]
-CountOrNone = Annotated[Whole, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, lt=1)]
-Decay = Annotated[Number, Field(gt=0, lt=1)]
-Width = Annotated[Count, Field(le=1_000_000)]  # larger networks cannot even be counted through
-Layers = Annotated[CountOrNone, Field(le=256)]
-Ratio = Annotated[Positive, Field(le=1_000)]
-Ratios = Annotated[
-    Annotated[Ratio, Tag("one")] | Annotated[tuple[Ratio, ...], Tag("list")],
-    Discriminator(_one_or_list),
-]
-Blocks = Annotated[
-    Annotated[CountOrNone, Tag("one")] | Annotated[tuple[CountOrNone, ...], Tag("list")],
-    Discriminator(_one_or_list),
-]
-Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, no unknown keys, finite numbers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Scenes(Section):
@@ -110,54 +61,15 @@ class Data(Section):
     window: Count | None = None
     autoencoder: Text = "pixels"
     text_encoder: Text = "hashing"
-    pad: Literal["none", "encoder"] = "none"
+    pad: Literal["none", "encoder", "masked"] = "none"
     max_tokens: Width | None = None
+    normalise: Literal["autoencoder", "measured", "x42-1"] = "autoencoder"
     caption_drop: Share = 0.1
 
-
-class MicroDiTModel(Section):
-    """MicroDiT's constructor arguments, but for those that follow from the data and the phase."""
-
-    kind: Literal["microdit"] = "microdit"
-    patch_size: Width = 2
-    hidden_size: Width = 1024
-    depth: Annotated[Layers, Field(ge=1)] = 28
-    head_dim: Width = 64
-    multiple_of: Width = 256
-    qkv_ratio: Ratios = (0.5, 1.0)
-    mlp_ratio: Ratios = (0.5, 4.0)
-    use_bias: bool = False
-    mixer_depth: Layers = 6
-    mixer_size: Width = 768
-    mixer_qkv_ratio: Ratios = 1.0
-    mixer_mlp_ratio: Ratios = 4.0
-    num_experts: Annotated[CountOrNone, Field(le=10_000)] = 8
-    expert_capacity: Positive = 2.0
-    expert_blocks: Blocks = 2
-    mixer_expert_blocks: Blocks = 2
-    text_depth: Layers = 1
-    positions: Literal["sincos", "sincos+rope"] = "sincos"
-    text_positions: Literal["none", "rope"] = "none"
-    qk_norm: Literal["hidden", "head"] = "hidden"
-
-
-class EdmObjective(Section):
-    """EDM's preconditioned denoising: log sigma ~ Normal(p_mean, p_std)."""
-
-    kind: Literal["edm"] = "edm"
-    sigma_data: Positive = 0.9
-    p_mean: Number = -0.6
-    p_std: Positive = 1.2
-
-
-class FlowObjective(Section):
-    """Flow matching: logit of time ~ Normal(shift, scale); a positive shift draws more noise."""
-
-    kind: Literal["flow"] = "flow"
-    prediction: Literal["velocity", "x0"] = "velocity"
-    weight_cap: Positive | None = None
-    shift: Number = 0.0
-    scale: Positive = 1.0
+    @property
+    def padded(self) -> bool:
+        """Every caption has as many tokens as any other."""
+        return self.pad != "none"
 
 
 class AdamW(Section):
@@ -205,7 +117,6 @@ class MaskRamp(Section):
         return round((1 - done) * self.start + done * self.end, 12)
 
 
-Objective = Annotated[EdmObjective | FlowObjective, Field(discriminator="kind")]
 Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
 PhaseEma = Annotated[
     Annotated[Ema, Tag("given")] | Annotated[None, Tag("none")] | Annotated[Literal["same"], Tag("same")],
@@ -310,7 +221,10 @@ class Train(Section):
 
 
 class Sampling(Section):
-    """How pictures are made for previews and evaluation, and by the exported pipeline."""
+    """How pictures are made for previews and evaluation, and by the exported pipeline.
+
+    For Stage B these are the steps from a code to a picture.
+    """
 
     scheduler: str
     steps: Count = 30
@@ -331,18 +245,18 @@ class Recipe(Section):
     """A whole recipe, resolved: no `base`, every key with its value."""
 
     name: Name
-    system: Literal["microdit"] = "microdit"
+    system: Literal["microdit", "wuerstchen"] = "microdit"
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     init: Text | None = None
     data: Data
-    model: MicroDiTModel = MicroDiTModel()
+    model: Model = MicroDiTModel()
     objective: Objective
     optimizer: Optimizer
     ema: Ema | None = None
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
     train: Train = Train()
     parallel: Parallel = Ddp()
-    sampling: Sampling
+    sampling: Sampling | None = None
     evaluation: Evaluation = Evaluation()
 
     @property
@@ -358,7 +272,7 @@ class Recipe(Section):
             images -= phase.images
         return self.phases[-1]
 
-    def objective_in(self, phase: Phase) -> EdmObjective | FlowObjective:
+    def objective_in(self, phase: Phase) -> Objective:
         """The objective with the phase's own numbers."""
         merged = {**self.objective.model_dump(), **phase.objective}
         return type(self.objective).model_validate(merged)

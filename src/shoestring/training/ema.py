@@ -1,4 +1,8 @@
-"""Exponential moving averages of weights, several decays at once."""
+"""Exponential moving averages of weights, several decays at once.
+
+Running statistics of normalisations are averaged too: those of the weights as they are now do not go with
+averaged weights.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,13 @@ class EMA:
 
     def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
         self.decays = tuple(decays)
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.weights = [p for p in model.parameters() if p.requires_grad]
+        kept = model.state_dict(keep_vars=True)
+        moving = {
+            name: tensor
+            for name, tensor in kept.items()
+            if tensor.requires_grad or (tensor.is_floating_point() and not isinstance(tensor, nn.Parameter))
+        }
+        self.names, self.weights = list(moving), list(moving.values())
         self.averages = [[w.detach().float().clone() for w in self.weights] for _ in self.decays]
 
     @torch.no_grad()
@@ -25,7 +34,7 @@ class EMA:
             torch._foreach_lerp_(average, weights, 1 - decay)
 
     def average(self, number: int) -> dict[str, Tensor]:
-        """The averages of one decay, by the parameter's name."""
+        """The averages of one decay, by the name of parameter or buffer."""
         return dict(zip(self.names, self.averages[number], strict=True))
 
     def state(self) -> dict[str, Tensor]:

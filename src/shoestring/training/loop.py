@@ -51,6 +51,7 @@ _REFERENCE_MOMENTUM = 0.9
 class Turn:
     """An objective with its optimisers; taken every `every` steps from `start` images on.
 
+    Its weights are averaged where a phase asks for averages, unless `averaged` says no.
     `caller` is what `parallel.distribute` made of the objective: itself on one process.
     """
 
@@ -60,6 +61,7 @@ class Turn:
     caller: nn.Module
     start: int = 0
     every: int = 1
+    averaged: bool = True
 
 
 class Cost(Protocol):
@@ -136,7 +138,7 @@ class LoopSettings:
 class Training:
     """A run in memory: what is trained, where it stands, and whom to tell.
 
-    `on_checkpoint` and `on_preview` get the count of images and the first turn's weights (averaged where
+    `on_checkpoint` and `on_preview` get the count of images and the weights of all turns (averaged where
     there are averages, whole, on the CPU); they are called on the main process alone.
     `facts` are kept in every checkpoint for the caller.
     """
@@ -179,14 +181,15 @@ class Training:
         return True
 
     def weights(self) -> dict[str, Tensor]:
-        """The first turn's weights, averaged where there are averages; for `on_checkpoint`, `on_preview`.
+        """The weights of all turns, averaged where there are averages; for `on_checkpoint`, `on_preview`.
 
         Whole and on the CPU on the main process, empty on the others; all processes must call it.
         """
-        turn = self.turns[0]
-        ema = self.emas.get(turn.name)
-        averages = {} if ema is None else ema.average(0)
-        return gathered({**turn.objective.trained.state_dict(), **averages}, self.world)
+        tensors: dict[str, Tensor] = {}
+        for turn in self.turns:
+            ema = self.emas.get(turn.name)
+            tensors |= turn.objective.trained.state_dict() | ({} if ema is None else ema.average(0))
+        return gathered(tensors, self.world)
 
     # --- one phase -------------------------------------------------------------------------------------
 
@@ -275,7 +278,7 @@ class Training:
         for turn in self._due_turns():
             if turn.name in self.emas:
                 self.emas[turn.name].update()
-            elif phase.ema_decays and self.progress.phase_images >= phase.ema_start:
+            elif turn.averaged and phase.ema_decays and self.progress.phase_images >= phase.ema_start:
                 self.emas[turn.name] = EMA(turn.objective.trained, phase.ema_decays)
 
     def _count(self, phase: PhasePlan, count: int, started: float, waited: float) -> None:

@@ -15,15 +15,18 @@ from shoestring.processes import ALONE, World
 from shoestring.training.muon import SharedMuon
 
 MATRIX, EXPERT, BOUNDARY, VECTOR = "matrix", "expert", "boundary", "vector"
-"""Roles: hidden matrices; hidden matrices of experts; matrices where signals enter and leave; the rest."""
+"""Roles: hidden matrices; hidden matrices of experts; matrices where signals enter and leave, and kernels of
+convolutions; the rest."""
+
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every parameter, by its name.
 
     A Linear layer's weight is a matrix; below a module's `experts` list, an expert's; below a module that
-    some part of the model lists as its `boundary`, it is boundary, as are convolutions there. Everything
-    else (norms, biases) is a vector.
+    some part of the model lists as its `boundary`, it is boundary, as is a convolution's anywhere.
+    Everything else (norms, biases) is a vector.
     """
     boundary = _below(model, "boundary")
     experts = _below(model, "experts")
@@ -31,7 +34,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             role = VECTOR
-            if parameter.ndim >= 2 and id(module) in boundary:
+            if parameter.ndim >= 2 and (id(module) in boundary or isinstance(module, _CONVOLUTIONS)):
                 role = BOUNDARY
             elif parameter.ndim == 2 and isinstance(module, nn.Linear):
                 role = EXPERT if id(module) in experts else MATRIX

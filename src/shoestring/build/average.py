@@ -1,0 +1,110 @@
+"""Weights of finished runs: read by part, and averaged into a new pipeline.
+
+The published Stage C is such an average, half and half, of two runs (arXiv 2306.00637, appendix E).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoestring.errors import CheckpointError
+from shoestring.storage import RunFolder, atomic_path
+
+NAMES = {"prior": ("prior", "prior_prior")}
+"""Where else a part may lie in a pipeline."""
+
+
+def read_part(path_or_id: str, name: str) -> dict[str, Tensor]:
+    """The weights of a part (a subfolder) of a run, a pipeline folder or a hub repository.
+
+    Raises `CheckpointError` where there is none or its file is damaged.
+    """
+    folder = _folder(path_or_id, name)
+    for each in NAMES.get(name, (name,)):
+        if files := sorted((folder / each).glob("*.safetensors")):
+            return _read(files)
+    raise CheckpointError(
+        f"{path_or_id}: has no {name} (no {folder / name}/*.safetensors). Give a run that has."
+    )
+
+
+def average(runs: Sequence[str], out: Path, weights: Sequence[float] | None = None) -> list[str]:
+    """Write the first run's pipeline into `out`, with the weights of its parts averaged over all runs.
+
+    Only parts in which runs differ; `weights` (one a run, adding up to 1) are equal by default.
+    Returns the names of the averaged parts. Raises `CheckpointError` where runs are not of one kind.
+    """
+    shares = list(weights or [1 / len(runs)] * len(runs))
+    folders = [_folder(run, "") for run in runs]
+    if len(runs) < 2 or len(shares) != len(runs) or abs(sum(shares) - 1) > 1e-6:
+        raise CheckpointError(
+            f"weights {shares} for {len(runs)} runs: give two runs or more, and a weight for each, 1 in all."
+        )
+    averaged = []
+    with atomic_path(out) as aside:
+        shutil.copytree(folders[0], aside)
+        for file in sorted(aside.rglob("*.safetensors")):
+            name = file.relative_to(aside)
+            states = [_read([folder / name]) if (folder / name).is_file() else None for folder in folders]
+            first = _read([folders[0] / name])
+            for run, state in zip(runs, states, strict=True):
+                if state is None or {k: t.shape for k, t in state.items()} != {
+                    k: t.shape for k, t in first.items()
+                }:
+                    raise CheckpointError(
+                        f"{run}: its {name.parent} is not the same network as that of {runs[0]}."
+                    )
+            known = [state for state in states if state is not None]
+            if all(torch.equal(first[key], state[key]) for state in known[1:] for key in first):
+                continue
+            save_file({key: _mean([state[key] for state in known], shares) for key in first}, file)
+            averaged.append(name.parent.as_posix())
+    return averaged
+
+
+def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """The weighted mean, in float32; whole numbers (counts of batches) are the first one's."""
+    if not tensors[0].is_floating_point():
+        return tensors[0]
+    total = sum(share * tensor.float() for share, tensor in zip(shares, tensors, strict=True))
+    assert isinstance(total, Tensor), "there is at least one"
+    return total.to(tensors[0].dtype)
+
+
+def _folder(path_or_id: str, name: str) -> Path:
+    folder = Path(path_or_id)
+    if (folder / "recipe.yaml").is_file():
+        folder = RunFolder(folder).pipeline
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{path_or_id}: this run has nothing to read yet; it is written at the first checkpoint."
+            )
+    if folder.is_dir():
+        return folder
+    patterns = [f"{each}/*" for each in NAMES.get(name, (name,))] if name else None
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path_or_id}: neither a folder here nor a hub repository that can be read "
+            f"({str(error).strip().splitlines()[0]}). Give a run, a pipeline folder or a hub id."
+        ) from error
+
+
+def _read(files: Sequence[Path]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: is damaged ({error}). Export or download it again.") from error
+    return state
