@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shoestring import build, estimate
-from shoestring.recipes.load import load_recipe
-from shoestring.recipes.schema import Phase
+from shoestring.build.systems import Part
+from shoestring.recipes.load import load_recipe, load_stages
+from shoestring.recipes.losses import ReconstructionObjective
+from shoestring.recipes.schema import Phase, Recipe
 
+STAGES = Path(__file__).parent / "cli/stages.yaml"
 CPU = torch.device("cpu")
 SMALL = (
     *("model.hidden_size=32", "model.mixer_size=32", "model.depth=1", "model.head_dim=16"),
@@ -44,6 +49,38 @@ def test_however_small_the_result_is_a_valid_recipe(factor: float) -> None:
     sets = ["phases.0.images=100", "phases.0.warmup=99", "phases.1.images=48", "ema.start=40"]
     small = estimate.scaled(load_recipe("demo", sets), factor)
     assert all(phase.images >= phase.batch for phase in small.phases)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 0.01, 0.5])
+def test_a_discriminator_begins_after_the_same_share_of_a_shorter_run(factor: float) -> None:
+    stage = load_stages("wuerstchen-demo")["a"]
+    assert isinstance(stage.objective, ReconstructionObjective)
+    small = estimate.scaled(stage, factor)
+    assert isinstance(small.objective, ReconstructionObjective)
+    batch = stage.phases[0].batch
+    assert small.objective.adversarial_start < small.images
+    share = stage.objective.adversarial_start / stage.images
+    assert abs(small.objective.adversarial_start - share * small.images) <= batch
+
+
+def test_speed_is_that_of_the_turns_taken_at_that_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage A before its discriminator has begun, and afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.05)
+    recipe = load_stages(STAGES)["a"]
+    store = build.open_store(recipe, device=CPU, log=lambda text: None)
+    taken = []
+    made = build.make_turns
+
+    def noted(recipe: Recipe, parts: Sequence[Part], **more: Any) -> Any:
+        taken.append([part.name for part in parts])
+        return made(recipe, parts, **more)
+
+    monkeypatch.setattr(build, "make_turns", noted)
+    assert estimate.phase_seconds(recipe, recipe.phases[0], store, CPU) > 0
+    assert taken == [["generator"], ["generator", "discriminator"]]
 
 
 def test_a_phase_of_one_batch_has_a_speed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +141,9 @@ def test_the_time_of_an_annealed_phase_is_that_of_its_ratios(
     asked = []
     measured = estimate.images_per_second
 
-    def noted(recipe: object, phase: Phase, *more: object) -> float:
-        asked.append(phase.mask)
-        return measured(recipe, phase, *more)  # type: ignore[arg-type]
+    def noted(recipe: object, phase: Phase, *more: object, after: int) -> float:
+        asked.append(phase.mask_at(after))
+        return measured(recipe, phase, *more, after=after)  # type: ignore[arg-type]
 
     monkeypatch.setattr(estimate, "images_per_second", noted)
     assert estimate.phase_seconds(recipe, recipe.phases[0], store, CPU) > 0

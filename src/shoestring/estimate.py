@@ -15,6 +15,7 @@ from shoestring.cost.ledger import Ledger
 from shoestring.data.store import Store
 from shoestring.errors import CheckpointError, RecipeError, StoreError
 from shoestring.interfaces import Log
+from shoestring.recipes.losses import Objective, ReconstructionObjective
 from shoestring.recipes.schema import Ema, MaskRamp, Phase, Recipe
 from shoestring.runtime import pick_dtype, set_threads
 from shoestring.storage import RunFolder
@@ -67,22 +68,26 @@ def fitted(recipe: Recipe, minutes: float, device: torch.device, log: Log) -> Re
 
 
 def phase_seconds(recipe: Recipe, phase: Phase, store: Store, device: torch.device) -> float:
-    """How long a phase takes on this machine, each of its mask ratios measured."""
+    """How long a phase takes on this machine, each stretch of one cost (a mask ratio, say) measured."""
     return sum(
-        images / images_per_second(recipe, phase.model_copy(update={"mask": ratio}), store, device)
-        for ratio, images in phase.masks
+        count / images_per_second(recipe, phase, store, device, after=begin)
+        for begin, count in build.system_of(recipe, store).states(phase)
     )
 
 
-def images_per_second(recipe: Recipe, phase: Phase, store: Store, device: torch.device) -> float:
-    """Speed of a phase on this machine, from a few seconds of real steps that are thrown away."""
-    endless = phase.model_copy(update={"images": 10**12})
+def images_per_second(
+    recipe: Recipe, phase: Phase, store: Store, device: torch.device, *, after: int = 0
+) -> float:
+    """Speed here `after` images of a phase, from a few seconds of real steps that are thrown away."""
+    begun = build.system_of(recipe, store).start_of(phase) + after
+    endless = phase.model_copy(update={"images": 10**12, "mask": phase.mask_at(after)})
     system = build.system_of(recipe.model_copy(update={"phases": (endless,)}), store)
-    parts = system.parts({name: network.to(device) for name, network in system.networks(phase).items()})
+    networks = {name: network.to(device) for name, network in system.networks(phase).items()}
+    parts = [replace(part, start=0) for part in system.parts(networks) if part.start <= begun]
     plan = build.plan_phase(system, endless, parts, Ledger("", "", 0, "", 0))
     settings = LoopSettings(device, pick_dtype(recipe.train.dtype, device))
     ledger = Ledger("", "", 0, "", 0)
-    turns = build.make_turns(recipe, [replace(part, start=0) for part in parts], device=device)
+    turns = build.make_turns(recipe, parts, device=device)
     nowhere = RunFolder(Path())
     saver = Saver(nowhere.checkpoints, keep=1, keep_every=None, background=False)
     training = Training(turns, [plan], nowhere, Trackers([]), settings, ledger, saver)
@@ -108,8 +113,10 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
         for key in ("checkpoint_every", "keep_every", "preview_every")
         if (count := getattr(recipe.train, key)) is not None
     }
+    phases = tuple(_scaled_phase(phase, factor) for phase in recipe.phases)
     changes = {
-        "phases": tuple(_scaled_phase(phase, factor) for phase in recipe.phases),
+        "phases": phases,
+        "objective": _scaled_objective(recipe.objective, factor, sum(phase.images for phase in phases)),
         "train": recipe.train.model_copy(update=train),
         "ema": _scaled_ema(recipe.ema, factor),
     }
@@ -124,6 +131,14 @@ def _scaled_phase(phase: Phase, factor: float) -> Phase:
     if isinstance(mask, MaskRamp) and batches < mask.steps:
         mask = mask.model_copy(update={"steps": batches}) if batches > 1 else mask.end
     return phase.model_copy(update={"images": images, "warmup": warmup, "ema": ema, "mask": mask})
+
+
+def _scaled_objective(objective: Objective, factor: float, images: int) -> Objective:
+    """A discriminator begins after the same share of the run, which has so many images now."""
+    if not isinstance(objective, ReconstructionObjective):
+        return objective
+    start = min(int(objective.adversarial_start * factor), images - 1)
+    return objective.model_copy(update={"adversarial_start": start})
 
 
 def _scaled_ema(ema: Ema | None, factor: float) -> Ema | None:

@@ -14,7 +14,7 @@ from PIL import Image
 from shoestring import build
 from shoestring.data.scenes import Scene, render_many
 from shoestring.data.store import Store
-from shoestring.errors import CheckpointError
+from shoestring.errors import CheckpointError, RecipeError
 from shoestring.evaluation import run as metrics
 from shoestring.evaluation.reconstruction import compression, reconstruction_rows
 from shoestring.interfaces import Log, MetricRow
@@ -63,6 +63,9 @@ def measure_run(
     opened = system.opened(run)
     for network in (*opened.networks.values(), opened.autoencoder, *filter(None, [opened.pipeline])):
         network.to(device)
+    for name, given in (("seeds", seeds), ("steps", steps), ("guidance", guidance)):
+        if opened.pipeline is None and given is not None:
+            raise RecipeError(f"--{name}: has no effect on {run.root}, which draws no prompts. Leave it out.")
     settings: dict[str, Any] = {"prompts": prompts or recipe.evaluation.prompts}
     if opened.pipeline is not None:
         assert recipe.sampling is not None, "checked by the recipe"

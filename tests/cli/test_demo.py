@@ -102,3 +102,34 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 ) -> None:
     assert command("demo", *words).refused().startswith(message)
     assert list(empty.iterdir()) == []
+
+
+SMALL_CASCADE = (
+    *("data.scenes.images=96", "data.scenes.held_out=16"),
+    *("evaluation.prompts=4", "evaluation.seeds=1", "evaluation.loss_images=8"),
+    *(f"stages.{stage}.phases.{number}.images=64" for stage in "abc" for number in (0, 1)),
+    *(f"stages.{stage}.phases.0.warmup=0" for stage in "abc"),
+    *("stages.a.objective.adversarial_start=96", "stages.c.sampling.steps=2"),
+    *("stages.b.model.c_hidden=[16, 32]", "stages.b.model.nhead=[-1, 2]", "stages.c.model.depth=1"),
+)
+
+
+@pytest.mark.slow
+def test_the_cascades_demo_trains_three_stages_and_says_how_good_each_is(empty: Path, command: Any) -> None:
+    words = [word for each in SMALL_CASCADE for word in ("--set", each)]
+    said = command("demo", "--system", "wuerstchen", *words)
+    assert said.code == 0, said.err
+    a, b, c = said.out.splitlines()
+    for line, ratios in (
+        (a, "4:1 along a side, 12:1"),
+        (b, "16:1 along a side, 48:1"),
+        (c, "16:1 along a side"),
+    ):
+        assert re.search(r"scene accuracy [01]\.\d{3} on 4 reconstructions of unseen scenes", line), line
+        assert re.search(r"PSNR -?\d+\.\d dB, SSIM -?[01]\.\d{3}, compression " + ratios, line), line
+    assert c.startswith("scene accuracy")
+    assert "pictures of unseen scenes" in c
+    assert all("128 images seen" in line for line in (a, b, c))
+    again = command("demo", "--system", "wuerstchen", *words)
+    assert again.code == 0
+    assert again.err.count("is trained already; measuring it again") == 3

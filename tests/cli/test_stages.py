@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import shoestring
 from shoestring.models.autoencoders import load_autoencoder
 from shoestring.models.wuerstchen_autoencoder import WuerstchenAutoencoder
+from shoestring.recipes.load import load_stages
 from shoestring.training.checkpoint import Checkpoint
 from tests.cli.conftest import run as command_line
 
@@ -151,6 +152,10 @@ def test_a_prior_is_refused_on_codes_of_another_compressor(here: Path, command: 
         (["stages.b.phases.0.size=72", "data.scenes.size=72"], "72 px"),
         (["stages.b.model.vqgan=stage:c"], "stages.b: stage:c names no earlier stage"),
         (
+            ["phases.0.mask=0.5"],
+            "--set stages.a.phases.0.mask: a wuerstchen_vqgan trains on whole pictures",
+        ),
+        (
             ["stages.c.phases.0.mask=0.5"],
             "stages.c.phases.0.mask: a wuerstchen_prior trains on whole pictures",
         ),
@@ -164,6 +169,7 @@ def test_a_prior_is_refused_on_codes_of_another_compressor(here: Path, command: 
         (["stages.b.model.nhead=[-1, 3]"], "3 heads do not divide the width 16"),
         (["stages.a.objective.adversarial_start=40"], "but the run ends after 40"),
         (["stages.a.phases.0.objective.mse=2"], "objective reconstruction is the same in all phases"),
+        (["train.activation_checkpointing=true"], "stages.a.train.activation_checkpointing: has no effect"),
         (["stages=3"], "stages: must be a section"),
     ],
 )
@@ -189,3 +195,91 @@ def test_two_runs_average_into_one(here: Path, command: Any) -> None:
     assert "is there already" in command("average", *runs, "--out", "both").refused()
     assert "not the same network" in command("average", runs[0], "runs/cascade-a", "--out", "odd").refused()
     assert not (here / "odd").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", LETTERS)
+def test_two_processes_see_the_batches_of_one_and_resume_bit_for_bit(
+    stage: str, here: Path, launch: Any, tmp_path: Path
+) -> None:
+    """Batch statistics are summed over both; dropout, which is drawn by process, is off."""
+    sets = ["stages.b.model.dropout=0", "train.preview_every=null", "stages.c.model.dropout=0"]
+    words = [word for each in sets for word in ("--set", each)]
+    losses = {}
+    for processes in (1, 2):
+        name = f"by{processes}"
+        extra = [
+            "--set",
+            f"stages.{stage}.{'data.autoencoder' if stage == 'c' else 'model.vqgan'}=runs/cascade-b",
+        ]
+        command = [
+            "train",
+            STAGES,
+            "--stage",
+            stage,
+            "--name",
+            name,
+            *words,
+            *(extra if stage != "a" else []),
+        ]
+        done = launch(processes, "-m", "shoestring", *command, cwd=here)
+        assert [each.returncode for each in done] == [0] * processes, [each.stderr for each in done]
+        lines = (here / f"runs/{name}-{stage}/metrics.jsonl").read_text().splitlines()
+        losses[processes] = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"]
+    assert losses[2] == pytest.approx(losses[1], rel=2e-3)
+    unbroken = tensors(here / f"runs/by2-{stage}", 40)
+    for images in (32, 40):
+        shutil.rmtree(here / f"runs/by2-{stage}/checkpoints/{images:012d}")
+    done = launch(2, "-m", "shoestring", "train", f"runs/by2-{stage}", "--resume", cwd=here)
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+    again = tensors(here / f"runs/by2-{stage}", 40)
+    assert all(torch.equal(again[name], unbroken[name]) for name in unbroken)
+
+
+def test_a_setting_for_all_stages_lies_on_top_of_each_and_their_own_on_top_of_it() -> None:
+    sets = ["phases.0.images=8", "train.log_every=4", "stages.b.train.log_every=2", "seed=3"]
+    stages = load_stages(STAGES, [*sets, "stages.a.objective.adversarial_start=0"])
+    assert [each.phases[0].images for each in stages.values()] == [8, 8, 8]
+    assert [each.train.log_every for each in stages.values()] == [4, 2, 4]
+    assert [each.seed for each in stages.values()] == [3, 3, 3]
+    assert [each.name for each in stages.values()] == ["cascade-a", "cascade-b", "cascade-c"]
+
+
+def test_runs_that_differ_in_more_than_their_weights_are_not_averaged(here: Path, command: Any) -> None:
+    """Equal shapes, other codes or other heads: a mean of such weights would be of nothing."""
+    for key, value, told in (
+        ("latents_of", "another", "of other latents"),
+        ("latents_std", [1.0] * 16, "of other latents"),
+    ):
+        shutil.copytree("runs/cascade-c/pipeline", key)
+        index = Path(key, "model_index.json")
+        index.write_text(json.dumps(json.loads(index.read_text()) | {key: value}))
+        assert told in command("average", "runs/cascade-c", key, "--out", "both").refused()
+    shutil.copytree("runs/cascade-c/pipeline", "heads")
+    config = Path("heads/prior_prior/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"nhead": 4}))
+    file = config.with_name("diffusion_pytorch_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    assert "nhead differs" in command("average", "runs/cascade-c", "heads", "--out", "both").refused()
+    assert not Path("both").exists()
+
+
+def test_stage_b_resumes_with_its_own_stage_a_alone(here: Path, command: Any) -> None:
+    file = here / "runs/cascade-a/pipeline/vqgan/diffusion_pytorch_model.safetensors"
+    shutil.rmtree(here / "runs/cascade-b/checkpoints/000000000040")
+    weights = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, file)
+    error = command("train", "runs/cascade-b", "--resume").refused()
+    assert "model.vqgan is no longer the network that the run was trained with" in error
+    save_file(weights, file)
+    assert command("train", "runs/cascade-b", "--resume").code == 0
+
+
+def test_stages_that_draw_no_prompts_say_so(here: Path, command: Any) -> None:
+    assert "one stage of a cascade" in command("sample", "runs/cascade-b", "a red circle").refused()
+    assert "--steps: has no effect" in command("evaluate", "runs/cascade-b", "--steps", 3).refused()
+
+
+def test_a_report_of_a_stage_that_reconstructs_speaks_of_pictures(cascade: Path) -> None:
+    for stage, told in (("a", "what became of it"), ("b", "what became of it"), ("c", "The same prompts")):
+        assert told in (cascade / f"runs/cascade-{stage}/report.html").read_text()

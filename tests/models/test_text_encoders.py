@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 from pathlib import Path
@@ -301,6 +302,15 @@ def test_tokens_are_counted_without_running_the_model(name: str, clip: Path) -> 
     (line,) = encoder.warnings([CAPTIONS[2], CAPTIONS[3]])
     assert f"the last {encoded.cut[3]} of its tokens are ignored (it takes 4): w5 w5" in line
     assert encoder.lengths([]) == []
+
+
+def test_an_encoder_whose_weights_are_offloaded_between_calls_is_given_what_it_can_read(clip: Path) -> None:
+    """As accelerate does: the weights are on no device, and a call fetches them."""
+    encoder = load_text_encoder(str(clip))
+    expected = encoder.encode(CAPTIONS).tokens
+    fetched = copy.deepcopy(encoder.model)
+    encoder.model.to("meta").forward = fetched.forward  # type: ignore[method-assign]
+    assert all(map(torch.equal, encoder.encode(CAPTIONS).tokens, expected))
 
 
 def test_identity_does_not_change_with_use_and_tells_weights_apart(clip: Path, tmp_path: Path) -> None:

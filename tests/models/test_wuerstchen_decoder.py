@@ -178,6 +178,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
         ({"level_config": ["CT", "CTF", "CTA"]}, "unknown block 'F'"),
         ({"nhead": [-1, -1, 2]}, "nhead must divide"),
         ({"c_r": 2}, "at least 4"),
+        ({"dropout": [0.1]}, "model.dropout has 1 entries and c_hidden 3"),
     ],
 )
 def test_impossible_arguments_are_refused(wrong: dict[str, Any], words: str) -> None:
@@ -247,7 +248,7 @@ def test_initial_weights_are_the_authors() -> None:
 # --- codes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(8, 12), (3, 5), (2, 3), (1, 1), (7, 20)])
+@pytest.mark.parametrize("size", [(8, 12), (3, 5), (2, 3), (1, 1), (7, 20), (1, 3), (2, 1), (6, 1)])
 def test_codes_are_resized_as_torch_does(size: tuple[int, int]) -> None:
     """Up, down, not at all, to one cell: bicubic, antialiased, corners aligned, in float32."""
     codes = torch.randn(2, 4, 3, 5)
@@ -284,6 +285,17 @@ def test_a_layer_in_place_of_the_first_linear_is_called_with_all_columns() -> No
     assert relative(ours(x, r, effnet, clip), expected) < 1e-5
     projected = ours.project(effnet, clip, size=SIZE)
     assert relative(ours(x, r, projected=projected), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_weights_stored_in_eight_bits_are_used_in_the_type_of_the_rest() -> None:
+    """Their type is another wherever no layer is called: there nothing is folded."""
+    x, r, effnet, clip = inputs()
+    network = decoder()
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert network.down_blocks["1"][1].channelwise[0].weight.dtype == torch.float8_e4m3fn
+    projected = network.project(effnet, clip, size=SIZE)
+    assert relative(network(x, r, projected=projected), network(x, r, effnet, clip)) < 1e-5
 
 
 # --- projected conditions, text --------------------------------------------------------------------------

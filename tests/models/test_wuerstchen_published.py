@@ -330,6 +330,12 @@ def test_other_versions_are_named_with_what_to_use_instead(
     assert "Use v2's: model_v2_stage_" in message or "or v2's: model_v2_stage_" in message
 
 
+def test_what_lies_beside_the_weights_is_left_out() -> None:
+    state = TheirPrior(**PRIOR).state_dict()
+    beside = {"step": 7, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
+    assert recognise("prior", {**state, **beside}, head_dim=HEAD_DIM).state.keys() == state.keys()
+
+
 # --- mistakes --------------------------------------------------------------------------------------------
 
 

@@ -269,6 +269,7 @@ def test_saving_and_opening_changes_no_picture(
         ((1, 4, 1, 3), {}, "nearest: 3 x 3"),
         ((1, 5, 3, 3), {}, r"must be \(B, 4, h, w\)"),
         ((4, 3, 3), {}, r"must be \(B, 4, h, w\)"),
+        ((0, 4, 3, 3), {}, r"of shape \(0, 4, 3, 3\): must be"),
         ((3, 4, 3, 3), {"prompt": ["a", "b"]}, "2 prompts for 3 pictures"),
         ((1, 4, 3, 3), {"prompt": "a", "use_text": False}, "has no effect, use_text=False"),
         ((1, 4, 3, 3), {"prompt": "a", "prompt_embeds": torch.zeros(1, 2, 12)}, "Give either prompt"),

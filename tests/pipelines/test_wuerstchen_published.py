@@ -329,6 +329,13 @@ def test_the_number_type_is_float32_unless_asked_for(here: Path) -> None:
     assert types(torch_dtype=torch.float16) == {torch.float16}
 
 
+def test_a_variants_files_are_read_when_asked_for(here: Path) -> None:
+    plain = by_cascade(shoestring.load("wuerstchen"))
+    for name in ("wuerstchen", "wuerstchen-prior"):
+        as_variant(name, "fp16")
+    np.testing.assert_array_equal(by_cascade(shoestring.load("wuerstchen", variant="fp16")), plain)
+
+
 def test_parts_can_be_replaced_and_text_left_out_of_stage_b(here: Path) -> None:
     """The base and fine-tuned priors are published as bare networks: they go into the usual pipeline."""
     other = wuerstchen_prior.WuerstchenPrior.from_pretrained("wuerstchen-prior", subfolder="prior")
@@ -420,6 +427,19 @@ def drop(path: str, name: str) -> Callable[[], None]:
     return change
 
 
+def cut(path: str) -> Callable[[], None]:
+    def change() -> None:
+        Path(path).write_bytes(Path(path).read_bytes()[:-100])
+
+    return change
+
+
+def as_variant(folder: str, variant: str) -> None:
+    """Give every file of weights in a repository the name of a variant."""
+    for file in Path(folder).glob("*/*.safetensors"):
+        file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
+
+
 def pickled() -> None:
     torch.save({}, "wuerstchen/decoder/diffusion_pytorch_model.bin")
     Path("wuerstchen/decoder/diffusion_pytorch_model.safetensors").unlink()
@@ -448,6 +468,36 @@ def other_codes() -> None:
             lambda: Path("wuerstchen-prior/model_index.json").unlink(),
             {},
             "wuerstchen: holds Stage B and A; there is no Stage C. Download warp-ai/wuerstchen-prior to wu",
+        ),
+        (
+            cut("wuerstchen/text_encoder/model.safetensors"),
+            {},
+            "wuerstchen: its text_encoder is missing or damaged (Error while deserializing header",
+        ),
+        (
+            lambda: Path("wuerstchen/decoder/config.json").write_text("[]"),
+            {},
+            "wuerstchen: its decoder is missing or damaged (",
+        ),
+        (
+            edit("wuerstchen/decoder/config.json", nhead=[-1, 3]),
+            {},
+            "wuerstchen: its decoder is missing or damaged (Attention of width 16 cannot have 3 heads",
+        ),
+        (
+            lambda: Path("wuerstchen/tokenizer/tokenizer.json").unlink(),
+            {},
+            "wuerstchen: its tokenizer is missing or damaged (no vocabulary)",
+        ),
+        (
+            lambda: as_variant("wuerstchen", "fp16"),
+            {},
+            "wuerstchen: its decoder is there as fp16 alone. Give load(..., variant='fp16').",
+        ),
+        (
+            lambda: None,
+            {"variant": "fp16"},
+            "wuerstchen: has no files of the variant 'fp16'. Leave it out.",
         ),
         (lambda: None, {"prior": "nowhere"}, "nowhere: neither a folder here nor a hub repository"),
         (

@@ -17,7 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoestring.errors import CheckpointError
-from shoestring.storage import RunFolder, atomic_path
+from shoestring.storage import RunFolder, atomic_path, read_json
+
+INDEX = "model_index.json"
+
+LATENTS = ("latents_of", "latents_mean", "latents_std", "decoder_latents_of")
+"""Settings of a pipeline by which its networks mean other latents by the same numbers."""
+
+INDIFFERENT = {
+    *("_diffusers_version", "_name_or_path", "default_steps", "default_guidance", "decoder_steps"),
+    *("sample_size", "pos_interp_scale", "scale_factor"),
+}
+"""Settings that may differ between runs whose weights are averaged; the first run's are kept."""
 
 NAMES = {"prior": ("prior", "prior_prior")}
 """Where else a part may lie in a pipeline."""
@@ -49,6 +60,7 @@ def average(runs: Sequence[str], out: Path, weights: Sequence[float] | None = No
         raise CheckpointError(
             f"weights {shares} for {len(runs)} runs: give two runs or more, and a weight for each, 1 in all."
         )
+    _check_settings(runs, folders, Path(INDEX))
     averaged = []
     with atomic_path(out) as aside:
         shutil.copytree(folders[0], aside)
@@ -66,9 +78,25 @@ def average(runs: Sequence[str], out: Path, weights: Sequence[float] | None = No
             known = [state for state in states if state is not None]
             if all(torch.equal(first[key], state[key]) for state in known[1:] for key in first):
                 continue
+            _check_settings(runs, folders, name.parent / "config.json")
             save_file({key: _mean([state[key] for state in known], shares) for key in first}, file)
             averaged.append(name.parent.as_posix())
     return averaged
+
+
+def _check_settings(runs: Sequence[str], folders: Sequence[Path], file: Path) -> None:
+    """Raise `CheckpointError` where runs have settings by which equal shapes mean other things."""
+    first, *others = (read_json(path) if (path := folder / file).is_file() else None for folder in folders)
+    for run, other in zip(runs[1:], others, strict=True):
+        if first is None or other is None:
+            continue
+        keys = sorted({*first, *other} - INDIFFERENT)
+        if odd := [key for key in keys if first.get(key) != other.get(key)]:
+            what = "of other latents" if odd[0] in LATENTS else f"{odd[0]} differs"
+            raise CheckpointError(
+                f"{run}: not to be averaged with {runs[0]}: {what} ({file}). "
+                "Average runs of one recipe on one store."
+            )
 
 
 def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

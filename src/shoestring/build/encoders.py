@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shoestring.data.store import Store, split_revision
 from shoestring.errors import StoreError
-from shoestring.models.autoencoders import load_autoencoder, weights_fingerprint
+from shoestring.models.autoencoders import encoder_fingerprint, load_autoencoder, weights_fingerprint
 from shoestring.models.text_encoders import TextEncoder, load_text_encoder
 from shoestring.recipes.schema import Recipe
 
@@ -63,8 +63,13 @@ def latents_of(store: Store) -> str:
 
 
 def _check_encoder(store: Store, kind: str, name: str, network: torch.nn.Module) -> None:
-    """Raise where the encoder of this name is not the one that the store was made with."""
-    then, now = store.manifest[kind]["weights"], weights_fingerprint(network)
+    """Raise where the encoder of this name is not the one that the store was made with.
+
+    Of an autoencoder the encoding part alone counts: another decoder may read the same latents.
+    """
+    made = store.manifest[kind]
+    then = made.get("encoder_weights") or made["weights"]
+    now = encoder_fingerprint(network) if kind == "autoencoder" else weights_fingerprint(network)
     if then != now:
         words = kind.replace("_", " ")
         raise StoreError(

@@ -46,10 +46,10 @@ def make_training(
     With several processes each calls it and gets its part; the main one alone writes into the run's folder.
     """
     log = log if world.is_main else _silent
-    facts = {"store": store.identity({phase.size for phase in recipe.phases})}
+    system = system_of(recipe, store)
+    facts = {"store": store.identity({phase.size for phase in recipe.phases}), **system.facts()}
     saved = _where_to_begin(recipe, run, store, facts, resume, log, world)
     images = saved.state["progress"]["images"] if saved else 0
-    system = system_of(recipe, store)
     networks = system.networks(recipe.phases[0])
     if not saved:
         system.begin(networks)
@@ -113,7 +113,14 @@ def _where_to_begin(
         log(f"{run.root}: no valid checkpoint yet; starting from the beginning.")
         return None
     log(f"Resuming {run.root} after {saved.state['progress']['images']:,} images.")
-    if saved.state.get("facts", facts) != facts:
+    then = saved.state.get("facts", {})
+    changed = [name for name, fact in facts.items() if then.get(name, fact) != fact]
+    if changed and changed[0] != "store":
+        raise CheckpointError(
+            f"{run.root}: {changed[0]} is no longer the network that the run was trained with. "
+            "Put that one back, or start a new run with --name."
+        )
+    if changed:
         raise CheckpointError(
             f"{run.root}: was trained on other data than {store.place} holds now (other images or captions). "
             "Resume with the store as it was, or start a new run with --name and "

@@ -39,7 +39,7 @@ def open_store(recipe: Recipe, *, device: torch.device, log: Log, world: World =
             pad=recipe.data.pad,
             max_tokens=recipe.data.max_tokens,
         )
-    store = store.normalised(recipe.data.normalise)
+    store = store.normalised(recipe.data.normalise, recipe.phases[-1].size)
     system_of(recipe, store).check()
     return store
 

@@ -70,6 +70,10 @@ class System(Generic[Kind]):
     def check(self) -> None:
         """Raise `RecipeError` where the store's pictures do not fit the networks."""
 
+    def facts(self) -> dict[str, str]:
+        """Fingerprints of networks that keys of the recipe name: a resumed run needs the same ones."""
+        return {}
+
     def networks(self, phase: Phase) -> dict[str, nn.Module]:
         """Networks with fresh weights drawn from the recipe's seed, at a phase's resolution."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ from shoestring.build.systems import Networks, Opened, Part, Product, System, mi
 from shoestring.errors import CheckpointError
 from shoestring.evaluation.run import mean_row
 from shoestring.interfaces import MetricRow
-from shoestring.models.autoencoders import load_autoencoder
+from shoestring.models.autoencoders import load_autoencoder, weights_fingerprint
 from shoestring.models.latent_previewer import LatentPreviewer
 from shoestring.models.patch_discriminator import PatchDiscriminator
 from shoestring.models.perceptual import load_perceptual
@@ -45,7 +45,6 @@ from shoestring.pipelines.load import load
 from shoestring.pipelines.wuerstchen import WuerstchenCombinedPipeline
 from shoestring.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
 from shoestring.recipes.architectures import DecoderModel, PriorModel, VqganModel
-from shoestring.recipes.losses import DecoderObjective as DecoderSection
 from shoestring.recipes.losses import ReconstructionObjective as ReconstructionSection
 from shoestring.recipes.schema import Phase
 from shoestring.runtime import keyed_seed
@@ -169,6 +168,9 @@ class StageB(System[DecoderModel]):
                 told = f"{phase.size} px, but this Stage B needs multiples of {multiple}; nearest: {around}."
                 raise mismatch(self.recipe, f"phases.{number}.size", told)
 
+    def facts(self) -> dict[str, str]:
+        return {"model.vqgan": weights_fingerprint(load_vqgan(self.model.vqgan))}
+
     def networks(self, phase: Phase) -> dict[str, nn.Module]:
         model = self.model
         outside = {"kind", "vqgan", "compressor", "text", "previewer"}
@@ -206,8 +208,6 @@ class StageB(System[DecoderModel]):
             compressor.load_imagenet(self.model.compressor.weights)
 
     def parts(self, networks: Networks) -> list[Part]:
-        section, previewer = self.recipe.objective, networks.get("previewer")
-        assert isinstance(section, DecoderSection), "checked by the recipe"
         objective = DecoderObjective(
             networks["decoder"],
             networks["compressor"],
@@ -216,11 +216,10 @@ class StageB(System[DecoderModel]):
             null_text=null_text(self.recipe, self.store) if self.model.text else None,
             use_text=self.model.text,
             caption_drop=self.recipe.data.caption_drop if self.model.text else 0.0,
-            previewer=previewer if section.code_weight else None,
-            **section.model_dump(exclude={"kind"}),
+            **self.recipe.objective.model_dump(exclude={"kind"}),
         )
         parts = [Part("decoder", objective)]
-        if previewer is not None and not section.code_weight:
+        if previewer := networks.get("previewer"):
             other = PreviewObjective(previewer, networks["compressor"], seed=self.recipe.seed)
             parts.append(Part("previewer", other, averaged=False))
         return parts
@@ -231,8 +230,6 @@ class StageB(System[DecoderModel]):
     def opened(self, run: RunFolder) -> Opened:
         autoencoder: Any = load_autoencoder(str(run.root))
         networks = {"decoder": autoencoder.decoder, "compressor": autoencoder.compressor}
-        if previewer := _previewer_of(str(run.root)):
-            networks["previewer"] = previewer
         return Opened(networks, autoencoder, None)
 
 
@@ -280,8 +277,10 @@ class StageC(System[PriorModel]):
         channels, _, _ = self.store.latent_shape(phase.size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(self.recipe.seed, "initialisation"))
-            arguments = self.model.model_dump(exclude={"kind"})
-            return {"prior": WuerstchenPrior(**arguments, c_in=channels, c_cond=self.store.text_width)}
+            arguments = self.model.model_dump(exclude={"kind", "text_std"})
+            prior = WuerstchenPrior(**arguments, c_in=channels, c_cond=self.store.text_width)
+            prior.reset_parameters(self.model.text_std)
+        return {"prior": prior}
 
     def begin(self, networks: Networks) -> None:
         if self.recipe.init:
@@ -350,7 +349,9 @@ def _previewer_of(path: str) -> LatentPreviewer | None:
     """The previewer that was trained with a Stage B, where `path` is a run or folder that holds one."""
     for folder in (RunFolder(Path(path)).pipeline, Path(path)):
         if (folder / "previewer" / "config.json").is_file():
-            return LatentPreviewer.from_pretrained(folder / "previewer", use_safetensors=True)
+            return LatentPreviewer.from_pretrained(
+                folder / "previewer", use_safetensors=True, low_cpu_mem_usage=False
+            )
     return None
 
 

@@ -25,4 +25,5 @@ def average(
         raise OutputError(f"--out {out}: is there already. Choose another folder, or remove it.")
     parts = average_runs(runs, out, weight)
     said = f"{', '.join(parts)} averaged over {len(runs)} runs" if parts else "the runs have the same weights"
-    typer.echo(f"{out}: {said}. Next: shoestring sample {out} PROMPT")
+    draws = {"transformer", "prior", "prior_prior"} & {each.name for each in out.iterdir()}
+    typer.echo(f"{out}: {said}." + (f" Next: shoestring sample {out} PROMPT" if draws else ""))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoestring.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 def sample(
@@ -39,13 +42,7 @@ def sample(
 
     chosen = pick_device(device)
     pipeline = load(model).to(chosen)
-    if not hasattr(pipeline.config, "default_steps"):
-        raise CheckpointError(
-            f"{model}: a {type(pipeline).__name__}, which `shoestring sample` cannot prompt. "
-            "Use it in Python: shoestring.load(...) gives the pipeline."
-        )
-    if scheduler is not None and "prior_scheduler" in pipeline.components:
-        raise RecipeError("--scheduler: has no effect on a Würstchen cascade. Leave it out.")
+    _check_draws(model, pipeline, scheduler)
     if scheduler is not None:
         trained = pipeline.scheduler.config
         pipeline.scheduler = make_scheduler(
@@ -67,6 +64,25 @@ def sample(
         typer.echo(f"{path}  seed {picture.seed}  {picture.prompt}")
     save_grid(images, out / "grid.png", columns=count if count > 1 else None)
     typer.echo(f"{out / 'grid.png'}  {len(images)} pictures")
+
+
+def _check_draws(model: str, pipeline: DiffusionPipeline, scheduler: str | None) -> None:
+    """Raise where a pipeline draws no prompts, or has no use for another scheduler."""
+    from shoestring.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
+    from shoestring.pipelines.wuerstchen_prior import WuerstchenPriorPipeline
+
+    if isinstance(pipeline, (WuerstchenPriorPipeline, WuerstchenDecoderPipeline)):
+        raise CheckpointError(
+            f"{model}: a {type(pipeline).__name__}, one stage of a cascade, which draws no prompt by itself. "
+            "Give a whole cascade, such as a run of its stage c."
+        )
+    if not hasattr(pipeline.config, "default_steps"):
+        raise CheckpointError(
+            f"{model}: a {type(pipeline).__name__}, which `shoestring sample` cannot prompt. "
+            "Use it in Python: shoestring.load(...) gives the pipeline."
+        )
+    if scheduler is not None and "prior_scheduler" in pipeline.components:
+        raise RecipeError("--scheduler: has no effect on a Würstchen cascade. Leave it out.")
 
 
 def check_numbers(steps: int | None, guidance: float | None) -> None:

@@ -141,7 +141,8 @@ def check_earlier(recipe: str, loaded: Recipe, runs: Path) -> None:
         prefix = f"{loaded.name.rpartition('-')[0]}-"
         if run.parent == runs and run.name.startswith(prefix) and not (run / "pipeline").is_dir():
             stage = run.name.removeprefix(prefix)
+            whole = "RECIPE" if (Path(recipe) / "recipe.yaml").is_file() else recipe
             raise CheckpointError(
                 f"{loaded.name}: needs stage {stage}, which has no weights yet ({run}/pipeline). "
-                f"Train it first: shoestring train {recipe} --stage {stage}"
+                f"Train it first: shoestring train {whole} --stage {stage}"
             )

@@ -179,10 +179,10 @@ class SemanticCompressor(ModelMixin, ConfigMixin):
 
         A side that `stride` does not divide is rounded up, as strided convolutions do.
         """
-        mean = torch.tensor(IMAGENET_MEAN, device=x.device).view(3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=x.device).view(3, 1, 1)
-        normal = ((x.float() - mean) / std).to(self.dtype)
-        return self.mapper(self.backbone(normal))
+        colours = zip(x.float().unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+        # By numbers, not by tensors: making one on a GPU waits for it.
+        normal = torch.stack([(colour - mean) / std for colour, mean, std in colours], dim=1)
+        return self.mapper(self.backbone(normal.to(self.dtype)))
 
     def compress(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] -> z (B, c_latent, H ratio/stride, W ratio/stride).

@@ -187,7 +187,9 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        return next(iter((*self.model.parameters(), *self.model.buffers()))).device
+        device = next(iter((*self.model.parameters(), *self.model.buffers()))).device
+        # Offloaded weights are nowhere between calls; the hooks that fetch them move what comes in, too.
+        return torch.device("cpu") if device.type == "meta" else device
 
     def identity(self) -> dict[str, Any]:
         """What decides the tokens, for manifests and comparisons."""

@@ -89,10 +89,16 @@ def resize_codes(codes: Tensor, height: int, width: int) -> Tensor:
 
     With it an affine map of the codes is one matrix.
     """
-    rows = resize_matrix(codes.shape[2], height, codes.device)
-    columns = resize_matrix(codes.shape[3], width, codes.device)
-    with full_precision(codes.device):
-        resized = rows @ codes.float() @ columns.T
+    if width == 1 and codes.device.type == "cpu":
+        # Torch's CPU kernel makes rows of one cell all alike (2.13), and so does the published network there.
+        resized = F.interpolate(
+            codes.float(), size=(height, 1), mode="bicubic", antialias=True, align_corners=True
+        )
+    else:
+        rows = resize_matrix(codes.shape[2], height, codes.device)
+        columns = resize_matrix(codes.shape[3], width, codes.device)
+        with full_precision(codes.device):
+            resized = rows @ codes.float() @ columns.T
     return F.pad(to_channels_last(resized), (0, 1), value=1.0).contiguous()
 
 
@@ -172,11 +178,12 @@ class CodeResBlock(nn.Module):
         return hidden_states + mixed
 
     def fold(self, mapper: Tensor | None) -> Tensor | None:
-        """The folded mapper, or None where there is none or the layer's weights are elsewhere (offloaded)."""
+        """The folded mapper, or None: without one, and for weights that wait elsewhere or in another type."""
         first = self.channelwise[0]
-        if mapper is None or not isinstance(first, CodeLinear) or first.weight.device != mapper.device:
+        if mapper is None or not isinstance(first, CodeLinear):
             return None
-        return first.fold(mapper)
+        here = (first.weight.device, first.weight.dtype) == (mapper.device, mapper.dtype)
+        return first.fold(mapper) if here else None
 
 
 class WuerstchenDiffNeXt(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -221,7 +228,7 @@ class WuerstchenDiffNeXt(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         dropout: float | Sequence[float] = 0.1,
     ) -> None:
         super().__init__()
-        _check_levels(c_hidden, nhead, blocks, level_config, inject_effnet)
+        _check_levels(c_hidden, nhead, blocks, level_config, inject_effnet, dropout)
         check_time_size(c_r)
         levels = range(len(c_hidden))
 
@@ -445,9 +452,16 @@ def _check_levels(
     blocks: Sequence[int],
     level_config: Sequence[str],
     inject_effnet: Sequence[bool],
+    dropout: float | Sequence[float],
 ) -> None:
     """Raise `UserError` where the lists do not describe the same levels, or a level is of unknown blocks."""
-    lists = {"nhead": nhead, "blocks": blocks, "level_config": level_config, "inject_effnet": inject_effnet}
+    lists: dict[str, Sequence[Any]] = {
+        "nhead": nhead,
+        "blocks": blocks,
+        "level_config": level_config,
+        "inject_effnet": inject_effnet,
+        "dropout": [dropout] * len(c_hidden) if isinstance(dropout, (int, float)) else dropout,
+    }
     for name, entries in lists.items():
         if len(entries) != len(c_hidden):
             raise UserError(

@@ -101,13 +101,17 @@ class WuerstchenPrior(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         """Where signals enter and leave, and modulations: to an optimiser, no hidden matrices."""
         return [self.projection, self.cond_mapper, self.out, *self.blocks[1::3]]
 
-    def reset_parameters(self) -> None:
-        """The authors' initialisation: at its start the network gives back its input as the noise."""
+    def reset_parameters(self, text_std: float = 0.02) -> None:
+        """The authors' initialisation: at its start the network gives back its input as the noise.
+
+        Their deviation `text_std` of the text's matrices suits widths of 1280 and 1536: at small ones text
+        arrives so weak that attention does not see it for hundreds of steps.
+        """
         initialize(self, layers=self.config.depth)
         nn.init.normal_(self.projection.weight, std=0.02)
         cond_mapper: Any = self.cond_mapper
-        nn.init.normal_(cond_mapper[0].weight, std=0.02)
-        nn.init.normal_(cond_mapper[2].weight, std=0.02)
+        nn.init.normal_(cond_mapper[0].weight, std=text_std)
+        nn.init.normal_(cond_mapper[2].weight, std=text_std)
         out: Any = self.out[1]
         nn.init.zeros_(out.weight)
         text_blocks: Any = self.text_blocks

@@ -184,6 +184,8 @@ def _weights(values: Mapping[str, Any]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, value in values.items():
         if not isinstance(value, Tensor):
+            if "." not in name:  # a step counter or an optimiser beside the weights
+                continue
             raise CheckpointError(f"{name}: is a {type(value).__name__}, not a tensor.")
         counter = name.endswith("num_batches_tracked")
         if value.is_meta or value.layout != torch.strided or not (value.is_floating_point() or counter):

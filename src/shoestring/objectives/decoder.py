@@ -48,10 +48,6 @@ class DecoderObjective(Objective):
     compressor's norm begins with codes of unit variance), and a share `caption_drop` of the captions becomes
     `null_text` (L0, C). Without `use_text` the decoder gets no text and neither of these two is read. `mask`
     is there for phases and has no effect.
-
-    With a `code_weight` the `previewer` is trained here too, and its error, so weighted, is added to each
-    image's loss: what codes say of pictures then reaches the compressor by a short way, which one that begins
-    without ImageNet weights needs. 0 as published; the previewer then has a turn of its own.
     """
 
     null_text: Tensor | None
@@ -71,14 +67,9 @@ class DecoderObjective(Objective):
         weight: str = "p2",
         weight_cap: float | None = None,
         time_scale: float = TIME_SCALE,
-        previewer: nn.Module | None = None,
-        code_weight: float = 0.0,
         mask: float = 0.0,
     ) -> None:
-        trained = {"decoder": decoder, "compressor": compressor}
-        super().__init__(trained | ({"previewer": previewer} if previewer else {}), {"vqgan": vqgan})
-        assert (code_weight > 0) == (previewer is not None), "the code's own loss is the previewer's"
-        self.code_weight = code_weight
+        super().__init__({"decoder": decoder, "compressor": compressor}, {"vqgan": vqgan})
         assert null_text is not None or not use_text or caption_drop == 0, "a dropped caption needs null_text"
         self.register_buffer("null_text", null_text, persistent=False)
         self.seed, self.mask, self.use_text, self.caption_drop = seed, mask, use_text, caption_drop
@@ -119,10 +110,8 @@ class DecoderObjective(Objective):
         x = self.latents(batch.latents)
         noise = keyed_normal(self.seed, "noise", batch.index, x.shape[1:])
         with keyed_generator(self.seed, "dropout", batch.index):
-            code = self.code(batch.latents)
-            loss = self.error(batch, x, self.damage(code, batch.index), t, noise)
-            if self.code_weight:
-                loss = loss + self.code_weight * preview_error(self.trained["previewer"], code, batch.latents)
+            code = self.damage(self.code(batch.latents), batch.index)
+            loss = self.error(batch, x, code, t, noise)
         return Loss(loss, noise_level=log_sigma_of(alpha_bar(t)))
 
     def loss_at(self, batch: Batch, log_sigma: Tensor) -> Tensor:
@@ -183,9 +172,10 @@ class PreviewObjective(Objective):
         self._compressor = (compressor,)  # in a tuple, which nn.Module does not look into
 
     def forward(self, batch: Batch) -> Loss:
+        images = to_unit(batch.latents)
         with keyed_generator(self.seed, "preview_dropout", batch.index):
-            code = self.code(to_unit(batch.latents))
-            return Loss(preview_error(self.trained["previewer"], code, batch.latents))
+            preview = self.trained["previewer"](self.code(images)).float()
+        return Loss((preview - smaller(images, preview)).square().flatten(1).mean(dim=1))
 
     @torch.no_grad()
     def code(self, images: Tensor) -> Tensor:
@@ -193,12 +183,6 @@ class PreviewObjective(Objective):
         (compressor,) = self._compressor
         with in_eval_mode(compressor):
             return cast(Compressor, compressor).compress(images)
-
-
-def preview_error(previewer: nn.Module, code: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error (B,) of the previews of codes to images in [-1, 1] at the previews' size."""
-    preview = previewer(code).float()
-    return (preview - smaller(to_unit(images), preview)).square().flatten(1).mean(dim=1)
 
 
 def smaller(images: Tensor, like: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ def load(
     Keyword arguments go to diffusers' `from_pretrained` (`dtype`, `quantization_config`, `revision`,
     ...). Reads safetensors only. Raises `CheckpointError` where there is no pipeline.
 
-    Published Würstchen repositories take `dtype`, `revision`, and parts to use instead of their own
-    (`decoder=...`, `prior_text_encoder=...`). Stage B and A (warp-ai/wuerstchen) are joined with Stage C,
+    Published Würstchen repositories take `dtype`, `revision`, `variant`, and parts to use instead of their
+    own (`decoder=...`, `prior_text_encoder=...`). Stage B and A (warp-ai/wuerstchen) are joined with Stage C,
     looked for in the folder NAME-prior, by the model card's `prior`, as the hub id NAME-prior. `prior` names
     another: a run, a folder, a hub id[@revision] or a loaded pipeline; None loads the decoder alone. With
     `prior` given, a decoder's pipeline of our own is joined likewise.
@@ -89,8 +89,11 @@ def _load_joined(
         raise CheckpointError(f"{advice}({error})" if advice else str(error)) from error
     check_prior(place, str(theirs_index["_class_name"]))
     decoder = _load_one(name, index, kwargs)
-    settings = {"dtype": kwargs["dtype"], **({"revision": revision} if revision else {}), **theirs}
-    return combine(name, decoder, _load_one(place, theirs_index, settings))
+    both = ("dtype", "variant")
+    settings: dict[str, Any] = {name: kwargs[name] for name in both if name in kwargs}
+    if revision:
+        settings["revision"] = revision
+    return combine(name, decoder, _load_one(place, theirs_index, settings | theirs))
 
 
 def _load(name: str, kind: str, **kwargs: Any) -> DiffusionPipeline:

@@ -32,6 +32,8 @@ def repeat_text(text: Text, count: int, device: torch.device) -> Text:
 
 def repeat(tensor: Tensor, count: int, device: torch.device) -> Tensor:
     """Each row `count` times in a row, on the device."""
+    if count < 1:
+        raise ValueError(f"num_images_per_prompt {count}: must be at least 1.")
     return tensor.to(device).repeat_interleave(count, dim=0)
 
 

@@ -237,7 +237,8 @@ class WuerstchenCombinedPipeline(DiffusionPipeline):
         }
         self._check_call(output_type, of_decoder)
         side = self.default_side
-        height, width = fit_size(height or side, width or side, self.size_multiple, resolution)
+        height, width = (side if each is None else each for each in (height, width))
+        height, width = fit_size(height, width, self.size_multiple, resolution)
         self._share_parts()
         embeddings: Tensor = self.prior_pipe(
             prompt=prompt,
@@ -363,6 +364,7 @@ def _check_compressors(of_prior: str | None, of_decoder: str | None) -> None:
     """Raise `CheckpointError` for stages of two compressors, where both say whose codes they know."""
     if None not in (of_prior, of_decoder) and of_prior != of_decoder:
         raise CheckpointError(
-            f"prior_prior makes codes of the compressor {of_prior}, decoder or vae reads {of_decoder}'s: "
-            "they do not fit together. Use a prior trained on the codes of this very compressor."
+            f"prior_prior makes codes of the compressor {of_prior}, decoder or vae reads those of "
+            f"{of_decoder}: they do not fit together. "
+            "Use a prior trained on the codes of this very compressor."
         )

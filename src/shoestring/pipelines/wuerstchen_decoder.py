@@ -138,7 +138,7 @@ class WuerstchenDecoderPipeline(DenoisingStage, DiffusionPipeline):
         """Raise `ValueError` for codes that this decoder cannot take."""
         channels, unit = self.decoder.config.effnet_embd, self.unit
         shape = tuple(image_embeddings.shape)
-        if len(shape) != 4 or shape[1] != channels:
+        if len(shape) != 4 or shape[1] != channels or not all(shape):
             raise ValueError(f"image_embeddings of shape {shape}: must be (B, {channels}, h, w).")
         if any(side % unit for side in shape[2:]):
             nearest = [max(1, round(side / unit)) * unit for side in shape[2:]]

@@ -185,7 +185,8 @@ class WuerstchenPriorPipeline(DenoisingStage, DiffusionPipeline):
         steps = config.default_steps if num_inference_steps is None else num_inference_steps
         guidance = config.default_guidance if guidance_scale is None else guidance_scale
         side = self.default_side
-        height, width = fit_size(height or side, width or side, self.size_multiple, resolution)
+        height, width = (side if each is None else each for each in (height, width))
+        height, width = fit_size(height, width, self.size_multiple, resolution)
         self.check_call(steps, timesteps, guidance, callback_on_step_end_tensor_inputs, output_type)
         self._guidance_scale = float(guidance)
         device = self._execution_device

@@ -66,6 +66,7 @@ _LOADABLE = (
     transformers.ImageProcessingMixin,
 )
 _FILES = ("*.json", "*.txt", "*.safetensors")
+_VARIANTS = "*/*.*.safetensors"
 _ABSENT = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError)
 
 
@@ -82,12 +83,14 @@ def load_published(
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
     **given: Any,
 ) -> DiffusionPipeline:
     """The pipeline of one published repository, or of a local copy, as its index (`model_index.json`) says.
 
-    `given` are parts that take the place of the repository's (None leaves an optional one out) and settings
-    of the pipeline. Raises `CheckpointError` for parts that are missing, damaged or of another stage.
+    `variant` names the files to read where there are such, as in `model.fp16.safetensors`. `given` are parts
+    that take the place of the repository's (None leaves an optional one out) and settings of the pipeline.
+    Raises `CheckpointError` for parts that are missing, damaged or of another stage.
     """
     kind = str(index.get("_class_name"))
     pipeline_class = PIPELINES.get(kind) or (getattr(diffusers, kind) if kind in _CASCADE else None)
@@ -96,12 +99,14 @@ def load_published(
     known = _arguments(pipeline_class).keys()
     if unknown := sorted(given.keys() - known):
         raise RecipeError(
-            f"{unknown[0]}: no keyword for a published Würstchen. Use prior, dtype, revision, or a part or "
-            f"setting of the pipeline: {', '.join(sorted(known))}."
+            f"{unknown[0]}: no keyword for a published Würstchen. Use prior, dtype, revision, variant, or a "
+            f"part or setting of the pipeline: {', '.join(sorted(known))}."
         )
     wanted = {part: class_name for part, (_, class_name) in _parts(index).items() if part not in given}
-    folder = _folder(name, list(wanted), revision)
-    parts = {part: _load_part(name, folder / part, wanted[part], dtype) for part in wanted}
+    folder = _folder(name, list(wanted), revision, variant)
+    if variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+        raise CheckpointError(f"{name}: has no files of the variant {variant!r}. Leave it out.")
+    parts = {part: _load_part(name, folder / part, wanted[part], dtype, variant) for part in wanted}
     settings = {key: value for key, value in index.items() if key in known and key not in _parts(index)}
     with muted("diffusers.pipelines.pipeline_utils"):  # that Stable Cascade's is no longer maintained
         pipeline: DiffusionPipeline = pipeline_class(**{**settings, **parts, **given})
@@ -268,13 +273,16 @@ def _parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
     return found
 
 
-def _folder(name: str, parts: list[str], revision: str | None) -> Path:
-    """The repository's folder, its parts downloaded where it is on the hub."""
+def _folder(name: str, parts: list[str], revision: str | None, variant: str | None) -> Path:
+    """The repository's folder, its parts downloaded where it is on the hub; variants when asked for."""
     if Path(name).is_dir():
         return Path(name)
     try:
         patterns = [f"{part}/{file}" for part in parts for file in _FILES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        others = None if variant else _VARIANTS
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=others)
+        )
     except _ABSENT as error:
         raise CheckpointError(f"{name}: cannot be downloaded ({first_line(error)}). Try again.") from error
 
@@ -287,7 +295,9 @@ def _class(class_name: str) -> Any:
     return kind if isinstance(kind, type) and issubclass(kind, _LOADABLE) else None
 
 
-def _load_part(name: str, folder: Path, class_name: str | None, dtype: torch.dtype) -> Any:
+def _load_part(
+    name: str, folder: Path, class_name: str | None, dtype: torch.dtype, variant: str | None
+) -> Any:
     """A part of a repository by its class; None where the index leaves it out."""
     if class_name is None:
         return None
@@ -296,23 +306,54 @@ def _load_part(name: str, folder: Path, class_name: str | None, dtype: torch.dty
         raise CheckpointError(f"{name}: its {folder.name} is a {class_name}, which is not known here.")
     if not folder.is_dir():
         raise CheckpointError(f"{name}: has no {folder.name}/. Download the whole repository.")
+    variant = _variant(name, folder, variant)
     if issubclass(kind, ModelMixin):
-        return _load_network(name, folder, kind, dtype)
+        return _load_network(name, folder, kind, dtype, variant=variant)
+    if issubclass(kind, transformers.PreTrainedTokenizerBase) and not _has_words(folder, kind):
+        raise CheckpointError(_damaged(name, folder.name, "no vocabulary"))
     try:
         with no_bars(), muted("transformers.modeling_utils"):
             if not issubclass(kind, transformers.PreTrainedModel):
                 return kind.from_pretrained(folder)
             part, info = kind.from_pretrained(
-                folder, use_safetensors=True, dtype=dtype, output_loading_info=True
+                folder, use_safetensors=True, dtype=dtype, variant=variant, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # each library raises kinds of its own for files that are not what they seem
         raise CheckpointError(_damaged(name, folder.name, first_line(error))) from error
     if info["missing_keys"]:
         raise CheckpointError(_damaged(name, folder.name, f"{sorted(info['missing_keys'])[0]} is missing"))
     return part
 
 
-def _load_network(name: str, place: str | Path, kind: Any, dtype: torch.dtype, **where: Any) -> Any:
+def _variant(name: str, folder: Path, wanted: str | None) -> str | None:
+    """`wanted` where a part has such files, None where it has plain ones; others alone are refused."""
+    stems = [file.stem for file in folder.glob("*.safetensors")]  # model.fp16, model-00001-of-00002.fp16
+    held = sorted({stem.split(".")[1].split("-")[0] for stem in stems if "." in stem})
+    if wanted in held:
+        return wanted
+    if held and all("." in stem for stem in stems):
+        kinds = " and ".join(held)
+        raise CheckpointError(
+            f"{name}: its {folder.name} is there as {kinds} alone. Give load(..., variant={held[0]!r})."
+        )
+    return None
+
+
+def _has_words(folder: Path, kind: Any) -> bool:
+    """Whether a tokenizer's vocabulary is there, without which transformers makes one of no words."""
+    files = dict(kind.vocab_files_names)
+    whole = files.pop("tokenizer_file", "tokenizer.json")
+    return (folder / whole).is_file() or all((folder / file).is_file() for file in files.values())
+
+
+def _load_network(
+    name: str,
+    place: str | Path,
+    kind: Any,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    **where: Any,
+) -> Any:
     """A network by diffusers' `from_pretrained`, which passes over what is missing or of another class."""
     part = where.get("subfolder") or Path(place).name
     try:
@@ -327,11 +368,14 @@ def _load_network(name: str, place: str | Path, kind: Any, dtype: torch.dtype, *
                 place,
                 use_safetensors=True,
                 torch_dtype=dtype,
+                variant=variant,
                 low_cpu_mem_usage=is_accelerate_available(),
                 output_loading_info=True,
                 **where,
             )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # of damaged files, or of sizes that our network refuses
         raise CheckpointError(_damaged(name, part, first_line(error))) from error
     for problem in ("missing", "unexpected"):
         if names := sorted(info[f"{problem}_keys"]):

@@ -228,6 +228,8 @@ def first_noise(
     shape: tuple[int, ...], device: torch.device, generator: Generators, latents: Tensor | None
 ) -> Tensor:
     """Standard normal noise in float32, drawn with `generator` unless given as `latents`."""
+    if isinstance(generator, list) and len(generator) not in (1, shape[0]):
+        raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: give one, or one for each.")
     if latents is None:
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     if tuple(latents.shape) != shape:

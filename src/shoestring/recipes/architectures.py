@@ -100,7 +100,7 @@ class DecoderModel(Section):
 
 
 class PriorModel(Section):
-    """Stage C: the text-conditional prior's arguments."""
+    """Stage C: the text-conditional prior's arguments, and the deviation its text's matrices begin with."""
 
     kind: Literal["wuerstchen_prior"] = "wuerstchen_prior"
     c: Width = 1536
@@ -109,6 +109,7 @@ class PriorModel(Section):
     nhead: Width = 24
     dropout: Share = 0.1
     text_depth: Layers = 0
+    text_std: Positive = 0.02
 
 
 def _kind(value: Any) -> Any:

@@ -57,9 +57,10 @@ def load_stages(
     layers = _Layers()
     for label, values in reversed(_chain(str(name_or_path))):
         layers.add(values, label)
-    if sets:
-        layers.add(_assignments(sets), "--set")
-    return {stage: part.recipe() for stage, part in layers.stages(runs).items()}
+    assigned = _assignments(sets)
+    if assigned:
+        layers.add(assigned, "--set")
+    return {stage: part.recipe() for stage, part in layers.stages(runs, assigned).items()}
 
 
 def dump(recipe: Recipe) -> str:
@@ -151,14 +152,18 @@ class _Layers:
         except ValidationError as error:
             raise self.explained(error) from None
 
-    def stages(self, runs: Path) -> dict[str, _Layers]:
-        """The layers of each stage; of the recipe itself, under an empty name, where it has no stages."""
+    def stages(self, runs: Path, assigned: Mapping[str, Any]) -> dict[str, _Layers]:
+        """The layers of each stage; of the recipe itself, under an empty name, where it has no stages.
+
+        What was `assigned` with `--set` lies on top of every stage: first what is for all, then its own.
+        """
         if not isinstance(self.values, dict) or "stages" not in self.values:
             return {"": self}
         shared = {key: value for key, value in self.values.items() if key != "stages"}
         stages, place = self.values["stages"], _place(self._origin(("stages",)), ("stages",))
         if not isinstance(stages, dict) or not stages:
             raise RecipeError(f"{place}: must be a section with a recipe for each stage, in order.")
+        everywhere = {key: value for key, value in assigned.items() if key not in {"stages", "name"}}
         found: dict[str, _Layers] = {}
         for name, values in stages.items():
             if not isinstance(values, dict) or not _STAGE.fullmatch(str(name)):
@@ -170,6 +175,8 @@ class _Layers:
             part.origins |= {
                 path[2:]: label for path, label in self.origins.items() if path[:2] == ("stages", name)
             }
+            for own in (everywhere, assigned.get("stages", {}).get(str(name), {})):
+                part.values = part._merged(part.values, own, (), "--set")
             part.prefix = ("stages", str(name))
             runs_before = {each: runs / f"{shared['name']}-{each}" for each in found if each != str(name)}
             part.values = _with_runs(part.values, runs_before, f"{place}.{name}")

@@ -24,8 +24,6 @@ def problems(recipe: Recipe) -> Problems:
         yield from _pixel_problems(recipe)
     if recipe.model.kind == "wuerstchen_decoder":
         yield from _decoder_problems(recipe.model)
-        if getattr(recipe.objective, "code_weight", 0) and not recipe.model.previewer:
-            yield "objective.code_weight", "has no effect without model.previewer. Give it a width."
     if recipe.model.kind == "wuerstchen_vqgan" and recipe.objective.kind == "reconstruction":
         yield from _vqgan_problems(recipe, recipe.model, recipe.objective)
     if recipe.objective.kind in {"decoder", "prior"}:
@@ -59,6 +57,8 @@ def _pixel_problems(recipe: Recipe) -> Problems:
 
 
 def _vqgan_problems(recipe: Recipe, model: VqganModel, objective: ReconstructionObjective) -> Problems:
+    if recipe.train.activation_checkpointing:
+        yield "train.activation_checkpointing", f"has no effect on a {model.kind}. Leave it out."
     if recipe.parallel.kind == "fsdp2":
         yield "parallel.kind", "fsdp2 does not train a Stage A, whose two turns share networks. Use ddp."
     multiple = 2**model.levels

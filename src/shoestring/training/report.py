@@ -142,16 +142,19 @@ def _shot(folder: Path, entry: Record) -> str:
 
 
 def _previews(run: RunFiles) -> str:
-    """The same prompts and noise at several moments of the training."""
+    """The same prompts and noise, or the same pictures given back, at several moments of the training."""
     paths = sorted(run.folder.previews.glob("*.png"))
     if len(paths) > PREVIEWS:
         last = len(paths) - 1
         paths = [paths[round(k * last / (PREVIEWS - 1))] for k in range(PREVIEWS)]
     shots = []
     prompts: list[str] = []
+    told, rows = "The same prompts and the same noise", "The prompts, in rows"
     for path in paths:
         info = read_or_empty(path.with_suffix(".json"), dict)
         prompts = info.get("prompts") or prompts
+        if info.get("reconstructions"):
+            told, rows = "The same held-out pictures, and below each what became of it,", "Their captions"
         images = info.get("images", int(path.stem) if path.stem.isdigit() else 0)
         picture = _picture(path, f"preview after {images:,} images")
         if picture:
@@ -159,11 +162,11 @@ def _previews(run: RunFiles) -> str:
     if not shots:
         return ""
     listed = "".join(f"<li>{escape(str(prompt))}</li>" for prompt in prompts)
-    told = f'<details class="soft"><summary>The prompts, in rows</summary><ol>{listed}</ol></details>'
+    captions = f'<details class="soft"><summary>{rows}</summary><ol>{listed}</ol></details>'
     return (
         "<section><h2>While it learned</h2>"
-        '<p class="soft">The same prompts and the same noise at several moments of the training.</p>'
-        f'<div class="strip">{"".join(shots)}</div>{told if listed else ""}</section>'
+        f'<p class="soft">{told} at several moments of the training.</p>'
+        f'<div class="strip">{"".join(shots)}</div>{captions if listed else ""}</section>'
     )
 
 
