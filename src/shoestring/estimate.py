@@ -116,7 +116,7 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
     phases = tuple(_scaled_phase(phase, factor) for phase in recipe.phases)
     changes = {
         "phases": phases,
-        "objective": _scaled_objective(recipe.objective, factor, sum(phase.images for phase in phases)),
+        "objective": _scaled_objective(recipe, sum(phase.images for phase in phases)),
         "train": recipe.train.model_copy(update=train),
         "ema": _scaled_ema(recipe.ema, factor),
     }
@@ -133,11 +133,12 @@ def _scaled_phase(phase: Phase, factor: float) -> Phase:
     return phase.model_copy(update={"images": images, "warmup": warmup, "ema": ema, "mask": mask})
 
 
-def _scaled_objective(objective: Objective, factor: float, images: int) -> Objective:
-    """A discriminator begins after the same share of the run, which has so many images now."""
+def _scaled_objective(recipe: Recipe, images: int) -> Objective:
+    """A discriminator begins after the same share of a run that has so many images now."""
+    objective = recipe.objective
     if not isinstance(objective, ReconstructionObjective):
         return objective
-    start = min(int(objective.adversarial_start * factor), images - 1)
+    start = objective.adversarial_start * images // recipe.images
     return objective.model_copy(update={"adversarial_start": start})
 
 

@@ -99,7 +99,7 @@ def test_stage_c_learns_codes_of_mean_0_and_deviation_1_and_gives_back_raw_ones(
     assert isinstance(pipeline.vae, WuerstchenAutoencoder)
     pictures = torch.rand(2, 3, 64, 64) * 2 - 1
     codes = autoencoder.encode(pictures).latent
-    assert torch.equal(pipeline.vae.encode(pictures).latent, codes)
+    torch.testing.assert_close(pipeline.vae.encode(pictures).latent, codes, atol=1e-6, rtol=0)
     mean, std = torch.tensor(pipeline.config.latents_mean), torch.tensor(pipeline.config.latents_std)
     assert mean.shape == std.shape == (16,)
     assert (std > 0).all()
@@ -234,6 +234,17 @@ def test_two_processes_see_the_batches_of_one_and_resume_bit_for_bit(
     assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
     again = tensors(here / f"runs/by2-{stage}", 40)
     assert all(torch.equal(again[name], unbroken[name]) for name in unbroken)
+
+
+def test_the_cost_of_a_stage_whose_predecessor_is_missing_is_unknown(empty: Path, command: Any) -> None:
+    said = command("train", STAGES, "--dry-run")
+    assert said.code == 0
+    told = [line for line in said.out.splitlines() if line.startswith("# cost: unknown")]
+    assert [line.split(", which")[0] for line in told] == [
+        "# cost: unknown. cascade-b: needs stage a",
+        "# cost: unknown. cascade-c: needs stage b",
+    ]
+    assert not (empty / "runs").exists()
 
 
 def test_a_setting_for_all_stages_lies_on_top_of_each_and_their_own_on_top_of_it() -> None:

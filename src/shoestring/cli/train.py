@@ -49,7 +49,7 @@ def train(
         if dry_run:
             if world.is_main:
                 for loaded, _ in chosen.values():
-                    _print_plan(loaded, own_device)
+                    _print_plan(recipe, loaded, runs, own_device)
             return
         for loaded, run in chosen.values():
             check_earlier(recipe, loaded, runs)
@@ -58,13 +58,19 @@ def train(
                 raise typer.Exit(INTERRUPTED)
 
 
-def _print_plan(recipe: Recipe, device: str) -> None:
+def _print_plan(recipe: str, loaded: Recipe, runs: Path, device: str) -> None:
     from shoestring import estimate
+    from shoestring.errors import CheckpointError
     from shoestring.recipes.load import dump
     from shoestring.runtime import pick_device
 
-    typer.echo(dump(recipe), nl=False)
-    for line in estimate.cost_lines(recipe, pick_device(device)):
+    typer.echo(dump(loaded), nl=False)
+    try:
+        check_earlier(recipe, loaded, runs)
+        lines = estimate.cost_lines(loaded, pick_device(device))
+    except CheckpointError as error:  # another network that this one needs
+        lines = [f"cost: unknown. {error}"]
+    for line in lines:
         typer.echo(f"# {line}")
 
 
