@@ -246,18 +246,16 @@ def test_held_out_losses_know_neither_dropout_nor_seed_and_leave_the_mode() -> N
     assert (noisy.trained["prior"].asked["c"] != 7).all(), "captions are kept"  # type: ignore[union-attr]
 
 
-def test_a_phase_changes_the_numbers() -> None:
-    objective = PriorObjective(Echo(), seed=0, null_text=NULL)
-    p2 = objective(make_batch(8)).per_sample
-    objective.set_numbers(weight="none")
-    plain = objective(make_batch(8))
+def test_the_weight_is_a_number_of_the_objective() -> None:
+    p2 = PriorObjective(Echo(), seed=0, null_text=NULL)(make_batch(8)).per_sample
+    plain = PriorObjective(Echo(), seed=0, null_text=NULL, weight="none")(make_batch(8))
     assert plain.noise_level is not None
     variance = plain.noise_level.exp() ** 2
     assert torch.allclose(p2, plain.per_sample * variance / (1 + variance), rtol=1e-3)
     with pytest.raises(RecipeError, match=r"weight 'snr': unknown. Use p2, paper, none, x0"):
-        objective.set_numbers(weight="snr")
+        PriorObjective(Echo(), seed=0, null_text=NULL, weight="snr")
     with pytest.raises(RecipeError, match="weight_cap 5: has no effect with weight p2"):
-        objective.set_numbers(weight_cap=5.0)
+        PriorObjective(Echo(), seed=0, null_text=NULL, weight_cap=5.0)
 
 
 def test_the_default_times_are_those_of_diffusers() -> None:

@@ -254,3 +254,22 @@ def test_a_smaller_picture_keeps_means_and_does_not_alias() -> None:
     assert torch.allclose(small, torch.full_like(small, 0.5), atol=0.02)
     plain = F.interpolate(stripes, (16, 16), mode="nearest")
     assert (plain - 0.5).abs().min() == 0.5, "every fourth column would be all 0 or all 1"
+
+
+def test_with_a_code_weight_the_previewer_teaches_the_compressor_what_its_own_error_says() -> None:
+    """The loss is Stage B's plus the weighted error of the preview, whose gradient reaches the compressor."""
+    torch.manual_seed(3)
+    previewer = LatentPreviewer(c_in=6, c_hidden=8)
+    plain = make_objective(code_drop=0.0, code_noise=0.0)
+    taught = make_objective(code_drop=0.0, code_noise=0.0, previewer=previewer, code_weight=2.5)
+    batch = make_batch(4)
+    own, both = plain(batch).per_sample, taught(batch).per_sample
+    preview = previewer(taught.code(batch.latents))
+    error = (preview - smaller((batch.latents + 1) / 2, preview)).square().mean(dim=(1, 2, 3))
+    assert torch.allclose(both - own, 2.5 * error, rtol=1e-3)
+    both.mean().backward()
+    weights = [weight.grad for weight in previewer.parameters() if weight.ndim > 1]
+    assert all(grad is not None and grad.any() for grad in weights)
+    kernel: Any = next(taught.trained["compressor"].parameters())
+    assert kernel.grad.any(), "Echo reads no code: what reaches the compressor comes from the previewer"
+    assert set(taught.trained) == {"decoder", "compressor", "previewer"}

@@ -92,9 +92,9 @@ def test_the_critic_s_loss_is_the_cross_entropy_of_real_and_made() -> None:
 
 def test_gradients_pass_through_the_critic_and_stay_out_of_it() -> None:
     vqgan, discriminator = make_vqgan(), make_discriminator()
-    objective = ReconstructionObjective(vqgan, seed=0, discriminator=discriminator, adversarial_weight=1.0)
+    terms = {"mse": 0.0, "perceptual_weight": 0.0, "adversarial_weight": 1.0, "quantise_skip": 1.0}
+    objective = ReconstructionObjective(vqgan, seed=0, discriminator=discriminator, **terms)
     objective.adversarial = True
-    objective.set_numbers(mse=0.0, perceptual_weight=0.0, adversarial_weight=1.0, quantise_skip=1.0)
     before = state(discriminator)
     objective(make_batch(4)).per_sample.mean().backward()
     assert all(weight.grad is None for weight in discriminator.parameters())

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoestring.errors import CheckpointError
+from shoestring.models.wuerstchen_vqgan import PaellaVQModel
 from shoestring.storage import RunFolder, atomic_path, read_json
 
 INDEX = "model_index.json"
@@ -81,6 +82,12 @@ def average(runs: Sequence[str], out: Path, weights: Sequence[float] | None = No
             _check_settings(runs, folders, name.parent / "config.json")
             save_file({key: _mean([state[key] for state in known], shares) for key in first}, file)
             averaged.append(name.parent.as_posix())
+        if "vqgan" in averaged:  # its scale follows from its last norm
+            vqgan = PaellaVQModel.from_pretrained(
+                aside / "vqgan", use_safetensors=True, low_cpu_mem_usage=False
+            )
+            vqgan.register_to_config(scale_factor=vqgan.latent_scale())
+            vqgan.save_config(aside / "vqgan")
     return averaged
 
 

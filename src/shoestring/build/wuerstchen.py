@@ -45,6 +45,7 @@ from shoestring.pipelines.load import load
 from shoestring.pipelines.wuerstchen import WuerstchenCombinedPipeline
 from shoestring.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
 from shoestring.recipes.architectures import DecoderModel, PriorModel, VqganModel
+from shoestring.recipes.losses import DecoderObjective as DecoderSection
 from shoestring.recipes.losses import ReconstructionObjective as ReconstructionSection
 from shoestring.recipes.schema import Phase
 from shoestring.runtime import keyed_seed
@@ -202,12 +203,15 @@ class StageB(System[DecoderModel]):
     def begin(self, networks: Networks) -> None:
         compressor: Any = networks["compressor"]
         if self.recipe.init:
-            for name in ("decoder", "compressor"):
-                _begin_with(networks[name], self.recipe.init, name)
+            for name in networks:
+                if name != "previewer" or _previewer_of(self.recipe.init):
+                    _begin_with(networks[name], self.recipe.init, name)
         elif self.model.compressor.weights:
             compressor.load_imagenet(self.model.compressor.weights)
 
     def parts(self, networks: Networks) -> list[Part]:
+        section, previewer = self.recipe.objective, networks.get("previewer")
+        assert isinstance(section, DecoderSection), "checked by the recipe"
         objective = DecoderObjective(
             networks["decoder"],
             networks["compressor"],
@@ -216,10 +220,11 @@ class StageB(System[DecoderModel]):
             null_text=null_text(self.recipe, self.store) if self.model.text else None,
             use_text=self.model.text,
             caption_drop=self.recipe.data.caption_drop if self.model.text else 0.0,
-            **self.recipe.objective.model_dump(exclude={"kind"}),
+            previewer=previewer if section.code_weight else None,
+            **section.model_dump(exclude={"kind"}),
         )
         parts = [Part("decoder", objective)]
-        if previewer := networks.get("previewer"):
+        if previewer is not None and not section.code_weight:
             other = PreviewObjective(previewer, networks["compressor"], seed=self.recipe.seed)
             parts.append(Part("previewer", other, averaged=False))
         return parts
@@ -230,6 +235,8 @@ class StageB(System[DecoderModel]):
     def opened(self, run: RunFolder) -> Opened:
         autoencoder: Any = load_autoencoder(str(run.root))
         networks = {"decoder": autoencoder.decoder, "compressor": autoencoder.compressor}
+        if previewer := _previewer_of(str(run.root)):
+            networks["previewer"] = previewer
         return Opened(networks, autoencoder, None)
 
 
@@ -267,7 +274,9 @@ class _StageBProduct:
                 save_file({"null_text": self.null_text.contiguous()}, aside)
 
     def preview(self, run: RunFolder, images: int, device: torch.device) -> str:
-        return preview_reconstructions(self.system, self.autoencoder, run, images, device)
+        path = preview_reconstructions(self.system, self.autoencoder, run, images, device)
+        self.autoencoder.vqgan.to("cpu")  # needed for pictures alone
+        return path
 
 
 class StageC(System[PriorModel]):

@@ -119,7 +119,7 @@ class PriorObjective(Objective):
 
     `null_text` (L0, C) is the encoded empty string, which a dropped caption becomes. With `drop="sample"`
     each image has its own coin; with `drop="batch"`, as in the authors' scripts, all images of a batch share
-    one: `set_batches` must then say where batches begin. `mask` is there for phases and has no effect: the
+    one: `set_batches` must then say where batches begin. The
     network convolves, so no patch can be left out.
     """
 
@@ -136,20 +136,13 @@ class PriorObjective(Objective):
         weight: str = "p2",
         weight_cap: float | None = None,
         time_scale: float = TIME_SCALE,
-        mask: float = 0.0,
     ) -> None:
         super().__init__({"prior": prior})
         if drop not in ("sample", "batch"):
             raise RecipeError(f"objective.drop {drop!r}: unknown. Use sample or batch.")
         self.register_buffer("null_text", null_text, persistent=False)
-        self.seed, self.mask, self.caption_drop, self.drop = seed, mask, caption_drop, drop
+        self.seed, self.caption_drop, self.drop = seed, caption_drop, drop
         self.batch_size, self.batches_start = 0, 0
-        self.set_numbers(weight=weight, weight_cap=weight_cap, time_scale=time_scale)
-
-    def set_numbers(
-        self, *, weight: str = "p2", weight_cap: float | None = None, time_scale: float = TIME_SCALE
-    ) -> None:
-        """Change the constants, as a phase does. Raises `RecipeError` for a weight there is not."""
         check_weight(weight, weight_cap)
         self.weight, self.weight_cap, self.time_scale = weight, weight_cap, time_scale
 

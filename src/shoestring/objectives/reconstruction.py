@@ -88,7 +88,7 @@ class ReconstructionObjective(Objective):
 
     `perceptual(y, x)` takes pictures (B, 3, H, W) in [0, 1] and gives a distance (B,). `discriminator` is the
     other turn's network: it is only read, no gradient stays in it and no state of it moves. `adversarial`
-    turns its term on, as a phase does. `mask` is there for phases and has no effect.
+    turns its term on.
     """
 
     def __init__(
@@ -103,31 +103,14 @@ class ReconstructionObjective(Objective):
         adversarial_weight: float = 0.01,
         quantise_skip: float = 0.1,
         crop: int | None = None,
-        mask: float = 0.0,
     ) -> None:
         super().__init__({"vqgan": vqgan}, {"perceptual": perceptual} if perceptual is not None else {})
         self._discriminator = (discriminator,)  # in a tuple, which nn.Module does not look into
         self.adversarial = False
-        self.seed, self.crop, self.mask = seed, crop, mask
-        self.set_numbers(
-            mse=mse,
-            perceptual_weight=perceptual_weight,
-            adversarial_weight=adversarial_weight,
-            quantise_skip=quantise_skip,
-        )
-        self.train(self.training)
-
-    def set_numbers(
-        self,
-        *,
-        mse: float = 1.0,
-        perceptual_weight: float = 0.1,
-        adversarial_weight: float = 0.01,
-        quantise_skip: float = 0.1,
-    ) -> None:
-        """Change the constants, as a phase does."""
+        self.seed, self.crop = seed, crop
         self.mse, self.perceptual_weight = mse, perceptual_weight
         self.adversarial_weight, self.quantise_skip = adversarial_weight, quantise_skip
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> ReconstructionObjective:
         super().train(mode)

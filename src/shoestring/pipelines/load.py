@@ -125,6 +125,11 @@ def _open(path_or_id: str | Path, revision: str | None) -> tuple[str, dict[str, 
                 "Let `shoestring train --resume` reach one."
             )
     index = folder / _INDEX if folder.is_dir() else _download_index(name, revision)
+    if not index.is_file() and (folder / "vqgan").is_dir():
+        raise CheckpointError(
+            f"{path_or_id}: is Stage A of a cascade, an autoencoder, which draws no prompts. Use it as "
+            "`model.vqgan` or `data.autoencoder` in a recipe."
+        )
     if not index.is_file():
         raise CheckpointError(f"{name}: no pipeline here (no {_INDEX}). Give a run or a pipeline folder.")
     try:

@@ -64,6 +64,7 @@ class DecoderObjective(_Cosine):
     kind: Literal["decoder"] = "decoder"
     code_drop: Share = 0.05
     code_noise: Share = 0.3
+    code_weight: NotNegative = 0.0
 
 
 class PriorObjective(_Cosine):

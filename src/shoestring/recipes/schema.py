@@ -297,7 +297,7 @@ class Recipe(Section):
 
 
 FREE_KEYS = (
-    "data.store",
+    *("data.store", "model.vqgan"),
     *("parallel.*", "phases.*.microbatch", "train.microbatch", "train.activation_checkpointing"),
     *("train.threads", "train.compile", "train.spike", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep", "train.keep_every", "train.async_checkpoints"),
@@ -305,7 +305,7 @@ FREE_KEYS = (
 )
 """Keys (patterns) that may change when a run resumes: where it computes, what it keeps and tells.
 
-A store may have moved: checkpoints know what was in it, so another one is refused all the same.
+A store or a Stage A may have moved: checkpoints know what was in it, so another one is refused all the same.
 
 All others say what is learned. `sampling` is not here since the run's pipeline has been written with it.
 """

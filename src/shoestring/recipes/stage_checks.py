@@ -24,8 +24,20 @@ def problems(recipe: Recipe) -> Problems:
         yield from _pixel_problems(recipe)
     if recipe.model.kind == "wuerstchen_decoder":
         yield from _decoder_problems(recipe.model)
+        if getattr(recipe.objective, "code_weight", 0) and not recipe.model.previewer:
+            yield "objective.code_weight", "has no effect without model.previewer. Give it a width."
+        if recipe.init is not None and recipe.model.compressor.weights is not None:
+            yield (
+                "model.compressor.weights",
+                "has no effect with init, which has a compressor. Set it to null.",
+            )
     if recipe.model.kind == "wuerstchen_vqgan" and recipe.objective.kind == "reconstruction":
         yield from _vqgan_problems(recipe, recipe.model, recipe.objective)
+        if recipe.train.compile:
+            yield (
+                "train.compile",
+                "does not reach a VQGAN's encoder and decoder. Set it to false for stage A.",
+            )
     if recipe.objective.kind in {"decoder", "prior"}:
         cap, weight = recipe.objective.weight_cap, recipe.objective.weight
         if cap is not None and weight != "x0":
