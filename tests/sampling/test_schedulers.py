@@ -7,11 +7,12 @@ import torch
 
 from shoestring.errors import RecipeError
 from shoestring.recipes.checks import SCHEDULERS
-from shoestring.sampling.schedulers import EDM, FLOW, make_scheduler
+from shoestring.sampling.schedulers import COSINE, EDM, FLOW, make_scheduler
 
 
 def test_recipes_and_code_know_the_same_names() -> None:
-    assert {"edm": tuple(EDM), "flow": tuple(FLOW)} == SCHEDULERS
+    cosine = {"decoder": tuple(COSINE), "prior": tuple(COSINE)}
+    assert {"edm": tuple(EDM), "flow": tuple(FLOW), **cosine} == SCHEDULERS
 
 
 @pytest.mark.parametrize("name", EDM)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMWuerstchenScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -49,6 +48,7 @@ from shoestring.recipes.losses import DecoderObjective as DecoderSection
 from shoestring.recipes.losses import ReconstructionObjective as ReconstructionSection
 from shoestring.recipes.schema import Phase
 from shoestring.runtime import keyed_seed
+from shoestring.sampling.schedulers import COSINE
 from shoestring.storage import RunFolder, atomic_path
 
 
@@ -253,7 +253,7 @@ class _StageBProduct:
         self.pipeline = WuerstchenDecoderPipeline(
             tokenizer=None if text is None else text.tokenizer,
             text_encoder=None if text is None else text.model,
-            scheduler=DDPMWuerstchenScheduler(),
+            scheduler=COSINE[recipe.sampling.scheduler](),
             vqgan=vqgan,
             default_steps=recipe.sampling.steps,
             default_guidance=recipe.sampling.guidance,
@@ -322,7 +322,7 @@ class StageC(System[PriorModel]):
             prior_tokenizer=text.tokenizer,
             prior_text_encoder=text.model,
             prior_prior=networks["prior"],
-            prior_scheduler=DDPMWuerstchenScheduler(),
+            prior_scheduler=COSINE[recipe.sampling.scheduler](),
             vae=image_decoder(recipe, store),
             previewer=_previewer_of(recipe.data.autoencoder),
             text_pad=store.pad,

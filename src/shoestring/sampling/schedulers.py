@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from diffusers.schedulers.scheduling_ddpm_wuerstchen import DDPMWuerstchenScheduler
 from diffusers.schedulers.scheduling_edm_dpmsolver_multistep import EDMDPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -22,6 +23,8 @@ FLOW: dict[str, Callable[..., SchedulerMixin]] = {
     "flow_euler": FlowMatchEulerDiscreteScheduler,
     "flow_heun": FlowMatchHeunDiscreteScheduler,
 }
+COSINE: dict[str, Callable[..., SchedulerMixin]] = {"cosine_ddpm": DDPMWuerstchenScheduler}
+"""For the stages of a cascade, which predict noise on the cosine schedule."""
 
 
 def make_scheduler(
