@@ -23,7 +23,7 @@ from parts.faults_jobs import RECIPE, make_pictures
 from parts.faults_mistakes import Content, Mistake
 from parts.faults_processes import Ended, Server
 
-from shoestring.recipes.load import builtin_names, dump, load_recipe
+from shoestring.recipes.load import builtin_names, dump, load_stages
 
 LONG = 60.0  # seconds
 _PICTURES = 12
@@ -52,7 +52,7 @@ class World:
             if ended.code:
                 raise RuntimeError(f"{line} fails in a world that is well: {ended}")
         (self.whole / "half" / "manifest.json").unlink()
-        self.leaves = [key for name in builtin_names() for key in _leaves(_resolved(name))]
+        self.leaves = [key for name in builtin_names() for each in _resolved(name) for key in _leaves(each)]
 
     # --- a table of mistakes -----------------------------------------------------------------------------
 
@@ -257,8 +257,8 @@ def _word(chance: random.Random) -> bytes:
     return chance.choice(_JUNK).encode("utf-8", "replace")
 
 
-def _resolved(name: str) -> Any:
-    return yaml.safe_load(dump(load_recipe(name)))
+def _resolved(name: str) -> list[Any]:
+    return [yaml.safe_load(dump(recipe)) for recipe in load_stages(name).values()]
 
 
 def _leaves(value: Any, path: str = "") -> Iterable[str]:
