@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoestring.errors import CheckpointError
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
+from shoestring.pipelines.transformer import download
 from shoestring.storage import RunFolder, atomic_path, read_json
 
 INDEX = "model_index.json"
@@ -86,7 +85,7 @@ def average(runs: Sequence[str], out: Path, weights: Sequence[float] | None = No
             vqgan = PaellaVQModel.from_pretrained(
                 aside / "vqgan", use_safetensors=True, low_cpu_mem_usage=False
             )
-            vqgan.register_to_config(scale_factor=vqgan.latent_scale())
+            vqgan.settle_scale()
             vqgan.save_config(aside / "vqgan")
     return averaged
 
@@ -126,13 +125,7 @@ def _folder(path_or_id: str, name: str) -> Path:
     if folder.is_dir():
         return folder
     patterns = [f"{each}/*" for each in NAMES.get(name, (name,))] if name else None
-    try:
-        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path_or_id}: neither a folder here nor a hub repository that can be read "
-            f"({str(error).strip().splitlines()[0]}). Give a run, a pipeline folder or a hub id."
-        ) from error
+    return download(path_or_id, patterns)
 
 
 def _read(files: Sequence[Path]) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from shoestring.build.encoders import image_decoder, scaling_of, text_encoder
@@ -22,7 +21,6 @@ from shoestring.recipes.architectures import MicroDiTModel
 from shoestring.recipes.checks import mask_problem
 from shoestring.recipes.losses import EdmObjective
 from shoestring.recipes.schema import Phase
-from shoestring.runtime import keyed_seed
 from shoestring.sampling.schedulers import make_scheduler
 from shoestring.storage import RunFolder
 
@@ -58,8 +56,7 @@ class MicroDiTSystem(System[MicroDiTModel]):
 
     def networks(self, phase: Phase) -> dict[str, nn.Module]:
         channels, side, _ = self.store.latent_shape(phase.size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(self.recipe.seed, "initialisation"))
+        with self.initialising():
             network = MicroDiT(
                 **self.model.model_dump(exclude={"kind"}),
                 in_channels=channels,

@@ -84,7 +84,7 @@ def phase_flops(system: AnySystem, phase: Phase) -> dict[int, float]:
     for begin, _ in system.states(phase):
         system.advance(phase, parts, begin)
         taken = [part for part in parts if start + begin >= part.start]
-        flops[begin] = sum(training_flops_per_image(part.objective, batch) / part.every for part in taken)
+        flops[begin] = sum(training_flops_per_image(part.objective, batch) for part in taken)
     return flops
 
 

@@ -174,7 +174,7 @@ def _make_turn(recipe: Recipe, part: Part, device: torch.device, dtype: torch.dt
     # A lone network's parameters keep their own names, as checkpoints have them.
     alone = next(iter(trained.values())) if len(trained) == 1 else trained
     optimizers = make_optimizers(alone, OptimizerSettings(**recipe.optimizer.model_dump()), world)
-    return Turn(part.name, part.objective, optimizers, caller, part.start, part.every, averaged=part.averaged)
+    return Turn(part.name, part.objective, optimizers, caller, part.start, averaged=part.averaged)
 
 
 def _save_activations(network: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from shoestring.evaluation.run import held_out_loss
 from shoestring.interfaces import MetricRow, Objective
 from shoestring.recipes.architectures import Model
 from shoestring.recipes.schema import Phase, Recipe
+from shoestring.runtime import keyed_seed
 from shoestring.storage import RunFolder
 
 Networks = Mapping[str, Any]
@@ -32,14 +34,12 @@ class Part:
     """A turn of the loop to be: its objective, and when it is taken.
 
     start     images of the run after which it is first taken
-    every     it is taken in every so many steps
     averaged  whether averages of its weights are kept where the recipe asks for averages
     """
 
     name: str
     objective: Objective
     start: int = 0
-    every: int = 1
     averaged: bool = True
 
 
@@ -125,6 +125,13 @@ class System(Generic[Kind]):
             window=self.recipe.data.window,
         )
         return loader.batches(0, min(count, len(self.store.splits[split])))
+
+    @contextmanager
+    def initialising(self) -> Iterator[None]:
+        """Initial weights made inside follow from the recipe's seed; the global generator is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_seed(self.recipe.seed, "initialisation"))
+            yield
 
     def start_of(self, phase: Phase) -> int:
         """Images of the run before a phase."""

@@ -7,7 +7,9 @@ c  text -> codes                        a diffusion prior on a store of codes
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from shoestring.models.latent_previewer import LatentPreviewer
 from shoestring.models.patch_discriminator import PatchDiscriminator
 from shoestring.models.perceptual import load_perceptual
 from shoestring.models.semantic_compressor import SemanticCompressor
+from shoestring.models.sizes import nearest_sides
 from shoestring.models.wuerstchen_autoencoder import (
     NULL_TEXT,
     WuerstchenAutoencoder,
@@ -39,6 +42,7 @@ from shoestring.models.wuerstchen_vqgan import PaellaVQModel
 from shoestring.objectives.cosine import PriorObjective
 from shoestring.objectives.decoder import DecoderObjective, PreviewObjective
 from shoestring.objectives.reconstruction import DiscriminatorObjective, ReconstructionObjective
+from shoestring.pipelines import wuerstchen_published as published
 from shoestring.pipelines.export import export
 from shoestring.pipelines.load import load
 from shoestring.pipelines.wuerstchen import WuerstchenCombinedPipeline
@@ -47,7 +51,6 @@ from shoestring.recipes.architectures import DecoderModel, PriorModel, VqganMode
 from shoestring.recipes.losses import DecoderObjective as DecoderSection
 from shoestring.recipes.losses import ReconstructionObjective as ReconstructionSection
 from shoestring.recipes.schema import Phase
-from shoestring.runtime import keyed_seed
 from shoestring.sampling.schedulers import COSINE
 from shoestring.storage import RunFolder, atomic_path
 
@@ -64,8 +67,7 @@ class StageA(System[VqganModel]):
     def networks(self, phase: Phase) -> dict[str, nn.Module]:
         arguments = self.model.model_dump(exclude={"kind", "discriminator_hidden", "discriminator_depth"})
         networks: dict[str, nn.Module] = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(self.recipe.seed, "initialisation"))
+        with self.initialising():
             networks["vqgan"] = PaellaVQModel(**arguments)
             if self.section.adversarial_weight:
                 networks["discriminator"] = PatchDiscriminator(
@@ -138,19 +140,22 @@ class _StageAProduct:
         self.system, self.vqgan = system, networks["vqgan"]
 
     def export(self, run: RunFolder) -> None:
-        vqgan: Any = self.vqgan
-        vqgan.register_to_config(scale_factor=vqgan.latent_scale())
+        self.vqgan.settle_scale()
         with atomic_path(run.pipeline) as aside:
-            vqgan.save_pretrained(aside / "vqgan")
+            self.vqgan.save_pretrained(aside / "vqgan")
 
     def preview(self, run: RunFolder, images: int, device: torch.device) -> str:
-        vqgan: Any = self.vqgan
-        vqgan.register_to_config(scale_factor=vqgan.latent_scale())
-        return preview_reconstructions(self.system, vqgan, run, images, device)
+        self.vqgan.settle_scale()
+        return preview_reconstructions(self.system, self.vqgan, run, images, device)
 
 
 class StageB(System[DecoderModel]):
     """Turns: decoder and compressor together; the previewer, on the compressor's codes."""
+
+    @cached_property
+    def vqgan(self) -> PaellaVQModel:
+        """The recipe's Stage A, read once; who changes it or moves it takes a copy."""
+        return load_vqgan(self.model.vqgan)
 
     def check(self) -> None:
         with torch.device("meta"):
@@ -158,31 +163,29 @@ class StageB(System[DecoderModel]):
         multiple = resolution_multiple(
             compressor.stride,
             compressor.ratio,
-            vq_factor(load_vqgan(self.model.vqgan).config),
+            vq_factor(self.vqgan.config),
             self.model.patch_size,
             len(self.model.c_hidden),
         )
         for number, phase in enumerate(self.recipe.phases):
             if phase.size % multiple:
-                below = phase.size // multiple
-                around = f"{max(1, below) * multiple} or {(below + 1) * multiple}"
+                around = " or ".join(map(str, sorted(nearest_sides(phase.size, multiple))))
                 told = f"{phase.size} px, but this Stage B needs multiples of {multiple}; nearest: {around}."
                 raise mismatch(self.recipe, f"phases.{number}.size", told)
 
     def facts(self) -> dict[str, str]:
-        return {"model.vqgan": weights_fingerprint(load_vqgan(self.model.vqgan))}
+        return {"model.vqgan": weights_fingerprint(self.vqgan)}
 
     def networks(self, phase: Phase) -> dict[str, nn.Module]:
         model = self.model
         outside = {"kind", "vqgan", "compressor", "text", "previewer"}
-        channels = load_vqgan(model.vqgan).config["latent_channels"]
+        channels = self.vqgan.config["latent_channels"]
         arguments = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in model.model_dump(exclude=outside).items()
         }
         networks: dict[str, nn.Module] = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(self.recipe.seed, "initialisation"))
+        with self.initialising():
             networks["decoder"] = WuerstchenDiffNeXt(
                 **arguments,
                 c_in=channels,
@@ -215,7 +218,7 @@ class StageB(System[DecoderModel]):
         objective = DecoderObjective(
             networks["decoder"],
             networks["compressor"],
-            load_vqgan(self.model.vqgan),
+            copy.deepcopy(self.vqgan),
             seed=self.recipe.seed,
             null_text=null_text(self.recipe, self.store) if self.model.text else None,
             use_text=self.model.text,
@@ -245,7 +248,7 @@ class _StageBProduct:
 
     def __init__(self, system: StageB, networks: Networks) -> None:
         self.system = system
-        recipe, vqgan = system.recipe, load_vqgan(system.model.vqgan)
+        recipe, vqgan = system.recipe, copy.deepcopy(system.vqgan)
         assert recipe.sampling is not None, "checked by the recipe"
         text = text_encoder(recipe, system.store) if system.model.text else None
         self.null_text = null_text(recipe, system.store) if system.model.text else None
@@ -284,8 +287,7 @@ class StageC(System[PriorModel]):
 
     def networks(self, phase: Phase) -> dict[str, nn.Module]:
         channels, _, _ = self.store.latent_shape(phase.size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(self.recipe.seed, "initialisation"))
+        with self.initialising():
             arguments = self.model.model_dump(exclude={"kind", "text_std"})
             prior = WuerstchenPrior(**arguments, c_in=channels, c_cond=self.store.text_width)
             prior.reset_parameters(self.model.text_std)
@@ -341,17 +343,14 @@ class StageC(System[PriorModel]):
 
 
 def load_vqgan(path_or_id: str) -> PaellaVQModel:
-    """The Stage A of a run, a folder or a hub repository; raises `RecipeError` where there is none."""
+    """The Stage A of a run, folder, file or hub repository, frozen; raises `CheckpointError` without one."""
+    folder = Path(path_or_id)
+    if (folder / "recipe.yaml").is_file():
+        folder = RunFolder(folder).pipeline
     with torch.device("cpu"):  # also where networks are being made on shapes alone
-        model = load_autoencoder(path_or_id)
-    if isinstance(model, WuerstchenAutoencoder):
-        model = model.vqgan
-    if not isinstance(model, PaellaVQModel):
-        raise CheckpointError(
-            f"model.vqgan {path_or_id}: is a {type(model).__name__}, not a Stage A. "
-            "Give a run of stage a, or a published vqgan."
-        )
-    return model
+        model = published.load_vqgan(folder if folder.exists() else path_or_id)
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def _previewer_of(path: str) -> LatentPreviewer | None:

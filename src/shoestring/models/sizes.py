@@ -7,7 +7,7 @@ from shoestring.errors import RecipeError
 
 def nearest_sides(side: int, multiple: int) -> list[int]:
     """The positive multiples at or around `side`, one or two, the nearer first."""
-    low = side // multiple * multiple
+    low = max(side // multiple, 0) * multiple
     if side == low and low > 0:
         return [side]
     around = [each for each in (low, low + multiple) if each > 0]

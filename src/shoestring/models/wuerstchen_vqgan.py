@@ -194,6 +194,10 @@ class PaellaVQModel(ModelMixin, ConfigMixin):
         straight_through = points + (codes - points).detach()
         return to_channels_first(straight_through), to_codes.mean(dim=(1, 2, 3))
 
+    def settle_scale(self) -> None:
+        """Have the configuration say the scale that training has led to."""
+        self.register_to_config(scale_factor=self.latent_scale())
+
     def latent_scale(self) -> float:
         """The standard deviation of z over the training data: a `scale_factor` that makes z / it unit.
 

@@ -55,8 +55,13 @@ def _find(path_or_id: str | Path) -> Path:
             f"{path_or_id}: no pipeline here (no model_index.json), nor a network alone "
             "(no transformer/config.json). Give a run that has a checkpoint, a pipeline folder or a hub id."
         )
+    return download(path_or_id, ["transformer/*"])
+
+
+def download(path_or_id: str | Path, patterns: list[str] | None = None) -> Path:
+    """Where the files of a hub repository that match `patterns` (all) lie; raises `CheckpointError`."""
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns="transformer/*"))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path_or_id}: neither a folder here nor a hub repository that can be read "
