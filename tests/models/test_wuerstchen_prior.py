@@ -18,6 +18,7 @@ from shoestring.training.optimizers import BOUNDARY, MATRIX, VECTOR, parameter_r
 from shoestring.training.parallel import blocks
 from tests.models.wuerstchen_oracles import (
     arguments,
+    assert_dropout_is_the_same,
     gradients,
     largest_difference,
     randomize,
@@ -90,16 +91,7 @@ def test_output_and_gradients_equal_those_of_diffusers(config: dict[str, Any]) -
 def test_dropout_falls_where_it_does_in_diffusers() -> None:
     """In training mode, from the same seed: in the MLPs and on what attention puts out."""
     config = {**SMALL, "dropout": 0.3}
-    ours, theirs = prior(config).train(), Theirs(**config).train()
-    theirs.load_state_dict(ours.state_dict())
-    given = inputs()
-    outputs = []
-    for network in (ours, theirs, ours):
-        if network is theirs or not outputs:
-            torch.manual_seed(0)
-        outputs.append(network(*given))
-    assert relative(outputs[0], outputs[1]) < 1e-5
-    assert relative(outputs[2], outputs[1]) > 1e-2
+    assert_dropout_is_the_same(prior(config), Theirs(**config), inputs())
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:

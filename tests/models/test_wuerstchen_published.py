@@ -27,6 +27,7 @@ from shoestring.models.wuerstchen_published import (
     state_from_published,
 )
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
+from tests.models.wuerstchen_oracles import shake
 
 PRIOR = {"c_in": 4, "c": 16, "c_cond": 12, "c_r": 8, "depth": 2, "nhead": 2}
 DECODER = {
@@ -77,21 +78,8 @@ def original(network: nn.Module) -> nn.Module:
         if isinstance(module, theirs.AttnBlock):
             channels = module.attention.to_q.in_features
             module.attention = Attention2D(channels, channels // HEAD_DIM)
-    shaken(network)
+    shake(network, small=0.3)
     return network.eval()
-
-
-def shaken(network: nn.Module) -> None:
-    """Random numbers in every tensor, so that none is without effect; signals keep their size."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.ndim in (2, 4) and len(tensor) > 1:
-                tensor.normal_(std=tensor[0].numel() ** -0.5)
-            elif tensor.is_floating_point():
-                tensor.normal_(std=0.3)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -163,7 +151,7 @@ def test_a_compressor_keeps_every_tensor_and_its_sizes(affine: bool) -> None:
         {"block": "mbconv", "expand": 6, "kernel": 3, "stride": 2, "in": 24, "out": 32, "layers": 1},
     ]
     network = SemanticCompressor(c_latent=5, variant=stages, last_channel=40, affine=affine)
-    shaken(network)
+    shake(network, small=0.3)
     found = recognise("compressor", network.state_dict())
     assert found.config["variant"] == stages
     assert (found.config["c_latent"], found.config["last_channel"]) == (5, 40)

@@ -22,6 +22,22 @@ def randomize(network: nn.Module, seed: int = 0) -> nn.Module:
     return network
 
 
+def shake(network: nn.Module, small: float) -> None:
+    """Random numbers in every tensor, so that none is without effect; signals keep their size.
+
+    `small` is the deviation of what is no matrix or kernel.
+    """
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.ndim in (2, 4) and len(tensor) > 1:
+                tensor.normal_(std=tensor[0].numel() ** -0.5)
+            elif tensor.is_floating_point():
+                tensor.normal_(std=small)
+
+
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """The distance of two tensors in units of the second."""
     assert ours.shape == theirs.shape
@@ -53,6 +69,18 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     assert ours.keys() == theirs.keys()
     scale = max(float(gradient.norm()) for gradient in theirs.values())
     return max(float((ours[name] - theirs[name]).norm()) for name in theirs) / scale
+
+
+def assert_dropout_is_the_same(ours: nn.Module, theirs: nn.Module, given: Any) -> None:
+    """In training mode and from one seed both drop the same, and another draw drops something else."""
+    theirs.load_state_dict(ours.state_dict())
+    outputs = []
+    for network in (ours.train(), theirs.train(), ours):
+        if network is theirs or not outputs:
+            torch.manual_seed(0)
+        outputs.append(network(*given))
+    assert relative(outputs[0], outputs[1]) < 1e-5
+    assert relative(outputs[2], outputs[1]) > 1e-2
 
 
 def saved_numbers(run: Callable[[], Tensor]) -> int:
