@@ -5,7 +5,6 @@ Process r takes rows [starts[r], starts[r + 1]) of each variant's batch; what al
 
 from __future__ import annotations
 
-import os
 import sys
 
 import torch
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shoestring.models.synced_norm import SyncedBatchNorm2d
+from shoestring.processes import end, join
 
 VARIANTS: dict[str, tuple[tuple[int, int, int], float | None, torch.dtype]] = {
     "unequal": ((0, 3, 7), 0.1, torch.float32),
@@ -81,8 +81,8 @@ def _sum(tensor: Tensor, world: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    found = {name: found_by(*variant) for name, variant in VARIANTS.items()}
-    if os.environ["RANK"] == "0":
-        torch.save(found, sys.argv[1])
-    dist.destroy_process_group()
+    with join("cpu") as (everyone, _):
+        found = {name: found_by(*variant) for name, variant in VARIANTS.items()}
+        if everyone.is_main:
+            torch.save(found, sys.argv[1])
+    end(0)

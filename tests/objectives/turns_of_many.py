@@ -11,7 +11,7 @@ from shoestring.interfaces import Batch
 from shoestring.models.patch_discriminator import PatchDiscriminator
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
 from shoestring.objectives.reconstruction import DiscriminatorObjective, ReconstructionObjective
-from shoestring.processes import World, join
+from shoestring.processes import World, end, join
 from shoestring.training.parallel import ParallelSettings, distribute
 
 STEPS, BATCH = 6, 4
@@ -54,3 +54,4 @@ if __name__ == "__main__":
         result = losses(world)
         if world.is_main:
             torch.save(result, sys.argv[1])
+    end(0)

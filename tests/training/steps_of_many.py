@@ -12,7 +12,7 @@ import torch
 
 from shoestring import build
 from shoestring.cost.ledger import Ledger
-from shoestring.processes import World, join
+from shoestring.processes import World, end, join
 from shoestring.recipes.load import load_recipe
 from shoestring.storage import RunFolder, write_json
 from shoestring.training.checkpoint import Saver
@@ -62,3 +62,4 @@ if __name__ == "__main__":
         found = {variant: steps(recipe_path, variant, everyone) for variant in variants}
         if everyone.is_main:
             write_json(Path(out), found)
+    end(0)

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from shoestring.errors import ShoestringError
-from shoestring.processes import World, join
+from shoestring.processes import World, end, join
 from shoestring.training import checkpoint
 from shoestring.training.checkpoint import Saver
 
@@ -190,6 +190,7 @@ def work(folder: Path, tasks: list[str]) -> None:
         for task in tasks:
             seen |= dict(globals()[task](folder, mesh, world))
         (folder / f"seen.{world.size}.{world.rank}.json").write_text(json.dumps(seen))
+    end(0)
 
 
 # --- the tests --------------------------------------------------------------------------------------------

@@ -42,6 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "WORLD_SIZE" in os.environ:  # torch's remarks would come from every process; its errors stay
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
+        _run(arguments)
+    except SystemExit as done:
+        if "WORLD_SIZE" in os.environ:
+            from shoestring.processes import end
+
+            end(done.code if isinstance(done.code, int) else int(done.code is not None))
+        raise
+
+
+def _run(arguments: Sequence[str]) -> None:
+    try:
         make_app(arguments)(args=arguments, prog_name="shoestring")
     except ShoestringError as error:
         if os.environ.get(TRACEBACK, "0") not in {"", "0"}:
