@@ -26,9 +26,7 @@ import math
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from _thread import interrupt_main
 from collections import defaultdict
 from contextlib import chdir
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from typing import Any
 
 import torch
 from parts.figures import hardware, tell
+from parts.training import STOPPED, say, train
 
 from shoestring import build
 from shoestring.data.store import Store
@@ -53,8 +52,6 @@ ARMS: dict[str, float | None] = {"prior": None, "mask-0": 0.0, "mask-0.5": 0.5, 
 """What is compared, by the mask of the first phase; the prior convolves, so it cannot leave codes out."""
 
 TOLERANCE = 0.01
-STOPPED = 130
-
 TINY = (
     "data.scenes.images=64",
     "data.scenes.held_out=8",
@@ -146,32 +143,10 @@ class Comparison:
         return recipe, flops
 
 
-def train(recipe: Recipe, run: RunFolder, device: torch.device, until: float) -> None:
-    """Train a run to its end, or go on with it; raises KeyboardInterrupt where it is stopped before that."""
-    store = build.open_store(recipe, device=device, log=_say)
-    with build.claimed(run):
-        resume = run.recipe.is_file()
-        training = build.make_training(recipe, run, store, device=device, resume=resume, log=_say)
-        if training.finished:
-            return
-        left = until - time.monotonic()
-        if left <= 0:
-            raise KeyboardInterrupt
-        clock = threading.Timer(min(left, threading.TIMEOUT_MAX), interrupt_main)  # as Ctrl-C does
-        clock.daemon = True
-        clock.start()
-        try:
-            finished = training.train()
-        finally:
-            clock.cancel()
-    if not finished:
-        raise KeyboardInterrupt
-
-
 def measured(run: RunFolder, device: torch.device) -> list[MetricRow]:
     """The rows of a finished run, measured once."""
     if not run.evaluation.is_file():
-        measure_run(run, device=device, log=_say)
+        measure_run(run, device=device, log=say)
     rows: list[MetricRow] = read_json(run.evaluation)["rows"]
     return rows
 
@@ -223,7 +198,7 @@ def compare(comparison: Comparison, seeds: list[int]) -> None:
     One seed of all before the next, so that a stop leaves something to compare.
     """
     device = comparison.device
-    store = build.open_store(comparison.recipe("prior", seeds[0]), device=device, log=_say)
+    store = build.open_store(comparison.recipe("prior", seeds[0]), device=device, log=say)
     common = {"tflop": comparison.tflop, "hardware": hardware(device)}
     values: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
     for seed in seeds:
@@ -271,10 +246,6 @@ def _is(row: MetricRow, metric: str, split: str) -> bool:
     return row["metric"] == metric and row["split"] == split
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def main() -> None:
     """Compare on a Stage B that is there, or with --tiny on one made for it."""
     parser = argparse.ArgumentParser(
@@ -305,7 +276,7 @@ def main() -> None:
         asked = (arguments.tflop, arguments.dense_share, device, until, False)
         compare(Comparison(arguments.stage_b, arguments.runs, *asked), arguments.seeds)
     except KeyboardInterrupt:
-        _say("Stopped. What was trained is kept: give the same command again to go on.")
+        say("Stopped. What was trained is kept: give the same command again to go on.")
         sys.exit(STOPPED)
 
 

@@ -88,6 +88,80 @@ def launch() -> Callable[..., list[subprocess.CompletedProcess[str]]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny stock `StableDiffusionXLPipeline`, saved: real classes, tokenizers of 77 positions made by hand.
+
+    Text of 16 + 24 channels, pooled 20; a VAE of 8 px a cell. Not to be changed.
+    """
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    signs = [chr(code) for code in range(33, 127)]  # "!" is 0, as in CLIP
+    merges = [("r", "e"), ("re", "d</w>"), ("n", "o"), ("no", "i"), ("noi", "s"), ("nois", "e</w>")]
+    words = [*signs, *(f"{sign}</w>" for sign in signs), *map("".join, merges)]
+    vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+
+    def tokenizer(**marks: str) -> CLIPTokenizer:
+        return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, **marks)
+
+    def text(width: int, layers: int, act: str) -> CLIPTextConfig:
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
+        marks = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}  # as published, and not true
+        return CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            num_hidden_layers=layers,
+            hidden_act=act,
+            projection_dim=20,
+            **sizes,
+            **marks,
+        )
+
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(4, 8, 8),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 2, 2),
+        norm_num_groups=2,
+        cross_attention_dim=40,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=20 + 6 * 4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+        scaling_factor=0.13025,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text(16, 2, "quick_gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(text(24, 3, "gelu")),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(pad_token="!"),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+    )
+    folder = tmp_path_factory.mktemp("pipeline") / "sdxl"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none, without importing torch for the others."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -81,8 +81,10 @@ def measure_run(
         if scenes and opened.pipeline is not None:
             log(f"{split}: {len(scenes)} prompts x {settings['seeds']} seeds")
             rows += _scene_rows(recipe, run, opened.pipeline, store, split, scenes, settings)
+            rows += _reference_rows(system, split, scenes, settings, device)
         if not isinstance(opened.autoencoder, PixelAutoencoder):
             rows += _reconstruction_rows(recipe, run, opened, system, split, scenes)
+    rows += system.network_rows(opened.networks, device)
     for split in held_out:
         rows += _loss_rows(system, opened, split, device)
     if not held_out:
@@ -108,21 +110,9 @@ def _scene_rows(
     scenes: Sequence[Scene],
     settings: dict[str, Any],
 ) -> list[MetricRow]:
-    captions = [store.captions(int(row))[0] for row in store.splits[split].rows(np.arange(len(scenes)))]
-    repeats = settings["seeds"]
-    first = keyed_seed(recipe.seed, f"evaluate {split}")
-    pictures = list(
-        generate(
-            pipeline,
-            captions * repeats,
-            [first + i for i in range(len(captions) * repeats)],
-            steps=settings["steps"],
-            guidance=settings["guidance"],
-            batch_size=128,
-        )
-    )
+    pictures = _drawn(recipe, pipeline, store, split, len(scenes), settings)
     images = [np.asarray(picture.image.convert("RGB")) for picture in pictures]
-    asked = list(scenes) * repeats
+    asked = list(scenes) * settings["seeds"]
     rows, facets = metrics.scene_accuracy(images, asked, split)
     _save_gallery(run, split, pictures[:GALLERY], facets)
     size = images[0].shape[0]
@@ -131,6 +121,47 @@ def _scene_rows(
         *metrics.parser_ceiling(scenes, size, split),
         *metrics.shuffled_accuracy(images, asked, split),
     ]
+
+
+def _reference_rows(
+    system: build.AnySystem,
+    split: str,
+    scenes: Sequence[Scene],
+    settings: dict[str, Any],
+    device: torch.device,
+) -> list[MetricRow]:
+    """Scene accuracy of what the run is measured beside: same prompts, same seeds, once each."""
+    rows: list[MetricRow] = []
+    for name, pipeline in system.references():
+        once = {**settings, "seeds": 1}
+        pictures = _drawn(system.recipe, pipeline.to(device), system.store, split, len(scenes), once)
+        images = [np.asarray(picture.image.convert("RGB")) for picture in pictures]
+        rows += metrics.scene_accuracy(images, scenes, split, metric=f"{name}_scene_accuracy")[0]
+    return rows
+
+
+def _drawn(
+    recipe: Recipe,
+    pipeline: DiffusionPipeline,
+    store: Store,
+    split: str,
+    count: int,
+    settings: dict[str, Any],
+) -> list[Picture]:
+    """Pictures of the first captions of a split, each with `seeds` seeds."""
+    captions = [store.captions(int(row))[0] for row in store.splits[split].rows(np.arange(count))]
+    captions = captions * settings["seeds"]
+    first = keyed_seed(recipe.seed, f"evaluate {split}")
+    return list(
+        generate(
+            pipeline,
+            captions,
+            [first + i for i in range(len(captions))],
+            steps=settings["steps"],
+            guidance=settings["guidance"],
+            batch_size=128,
+        )
+    )
 
 
 def _save_gallery(

@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 import shoestring
+from shoestring.pipelines.export import export
+from shoestring.pipelines.unet import make_unet_pipeline
+from shoestring.sampling.schedulers import make_noise_scheduler
+from tests.pipelines import stock_parts as parts
 
 PROMPTS = ("a red circle", "two blue squares on white")
 
@@ -106,8 +111,16 @@ def test_a_prompt_too_long_is_warned_of_with_the_tokens_cut(here: Path, command:
         (("runs/tiny", "a", "--guidance", -1), "--guidance -1.0: must be a number from 0; 1 is none."),
         (("runs/tiny", "a", "--guidance", "nan"), "--guidance nan: must be a number from 0"),
         (
+            ("runs/tiny", "a", "--scheduler", "heun"),
+            "scheduler 'heun': unknown. Use flow_euler, flow_heun.",
+        ),
+        (
             ("runs/tiny", "a", "--scheduler", "ddim"),
-            "scheduler 'ddim': unknown. Use flow_euler, flow_heun.",
+            "scheduler 'ddim': does not fit prediction x0. Use flow_euler, flow_heun.",
+        ),
+        (
+            ("runs/tiny", "a", "--tiny-decoder", "x/y"),
+            "--tiny-decoder: stands in for an AutoencoderKL, and this MicroDiTPipeline has a Pixel",
         ),
         (
             ("runs/tiny", "a", "--scheduler", "edm_heun"),
@@ -167,3 +180,134 @@ def test_a_file_in_the_place_of_the_folder_is_told(here: Path, command: Any) -> 
     error = command("sample", "runs/tiny", "a", "--out", "taken").refused()
     assert error.startswith("taken/00000.png: cannot be written (")
     assert (here / "taken").read_text() == "mine"
+
+
+# Stock pipelines of diffusers, as a student of SDXL is exported
+
+
+@pytest.fixture
+def stock(empty: Path) -> Path:
+    """An export of a tiny SDXL (`student`) and a tiny decoder (`taesd`) in the current folder."""
+    text = parts.sdxl_text()
+    pipeline = make_unet_pipeline(
+        parts.sdxl_unet(),
+        text=text,
+        vae=parts.kl(),
+        scheduler=make_noise_scheduler("euler", parts.SCHEDULE, prediction="epsilon"),
+        null="zeros",
+        steps=3,
+        guidance=3.5,
+        size=parts.SIZE,
+        max_tokens=text.max_tokens,
+        pad=text.pad,
+    )
+    export(pipeline, empty / "student", ("unet",))
+    parts.tiny().save_pretrained(empty / "taesd")
+    return empty
+
+
+def test_a_stock_pipeline_draws_with_the_numbers_beside_it(stock: Path, command: Any) -> None:
+    said = command("sample", "student", "a red circle", "a cat", "--seed", 3)
+    assert (said.code, said.err) == (0, "")
+    settings = json.loads(Image.open("samples/00001.png").text["shoestring"])
+    asked = {"prompt": "a cat", "seed": 3, "steps": 3, "guidance": 3.5}
+    assert settings == {**asked, "scheduler": "EulerDiscreteScheduler"}
+    again = StableDiffusionXLPipeline.from_pretrained("student")(
+        ["a red circle", "a cat"],
+        num_inference_steps=3,
+        guidance_scale=3.5,
+        generator=[torch.Generator().manual_seed(3) for _ in range(2)],
+    ).images[1]
+    assert np.array_equal(np.asarray(again), pixels(stock / "samples/00001.png"))
+
+
+def test_of_a_stock_pipeline_steps_guidance_scheduler_and_decoder_may_be_others(
+    stock: Path, command: Any
+) -> None:
+    options = ("--steps", 2, "--guidance", 1, "--scheduler", "lcm", "--tiny-decoder", "taesd", "--out", "few")
+    said = command("sample", "student", "a red circle", *options)
+    assert (said.code, said.err) == (0, "")
+    settings = json.loads(Image.open("few/00000.png").text["shoestring"])
+    assert (settings["steps"], settings["guidance"], settings["scheduler"]) == (2, 1.0, "LCMScheduler")
+    command("sample", "student", "a red circle", *options[:-4], "--out", "full")
+    assert not np.array_equal(pixels(stock / "few/00000.png"), pixels(stock / "full/00000.png"))
+
+
+def test_a_prompt_too_long_for_a_stock_pipeline_is_warned_of_once(stock: Path, command: Any) -> None:
+    said = command("sample", "student", "a" * 20)
+    assert said.err.splitlines() == [
+        "warning: prompt too long for the text encoder: the last 6 of its tokens are ignored "
+        f"(it takes 16): {'a' * 20}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--scheduler", "flow_euler"),
+            "scheduler 'flow_euler': does not fit prediction epsilon. Use euler,",
+        ),
+        (("--scheduler", "pndm"), "scheduler 'pndm': unknown. Use euler, ddim, dpm++, lcm."),
+        (("--tiny-decoder", "student"), "--tiny-decoder student: is of class AutoencoderKL, not"),
+        (("--tiny-decoder", "./none"), "autoencoder ./none: no autoencoder there"),
+    ],
+)
+def test_options_that_do_not_fit_a_stock_pipeline_are_one_line(
+    options: tuple[str, ...], message: str, stock: Path, command: Any
+) -> None:
+    assert command("sample", "student", "a", *options).refused().startswith(message)
+    assert not (stock / "samples").exists()
+
+
+def test_a_stock_pipeline_that_needs_a_picture_is_told(stock: Path, command: Any) -> None:
+    index = json.loads((stock / "student/model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
+    (stock / "student/model_index.json").write_text(json.dumps(index))
+    assert (
+        command("sample", "student", "a")
+        .refused()
+        .startswith("student: a StableDiffusionXLImg2ImgPipeline, which `shoestring sample` cannot prompt.")
+    )
+
+
+# Within a budget of memory
+
+
+def test_a_budget_tells_its_plan_and_draws_the_same_pictures(stock: Path, command: Any) -> None:
+    asked = ("sample", "student", "a red circle", "a cat", "--count", 2, "--seed", 3)
+    said = command(*asked, "--memory", "2GiB", "--out", "planned")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("16 x 16 px in 2.00 GiB on cpu: expected peak 0.63 GiB, one stage in memory")
+    assert "U-Net 0.63 GiB (float32, 4 at once)" in said.out.splitlines()[1]
+    command(*asked, "--out", "plain")
+    for number in range(4):
+        planned, plain = (stock / folder / f"{number:05d}.png" for folder in ("planned", "plain"))
+        assert planned.read_bytes() == plain.read_bytes()
+
+
+def test_a_budget_goes_with_another_scheduler_and_a_tiny_decoder(stock: Path, command: Any) -> None:
+    asked = ("sample", "student", "a cat", "--steps", 2, "--scheduler", "lcm", "--tiny-decoder", "taesd")
+    said = command(*asked, "--memory", "2GiB", "--out", "planned")
+    assert "tiny decoder" in said.out
+    command(*asked, "--out", "plain")
+    assert (stock / "planned/00000.png").read_bytes() == (stock / "plain/00000.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ("4G", "--memory 4G: must be a number with KiB, MiB, GiB, TiB, MB or GB, such as 4GiB."),
+        ("100MiB", "--memory 0.10 GiB: 16 x 16 px on cpu takes 0.63 GiB at the least"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_one_line(
+    memory: str, message: str, stock: Path, command: Any
+) -> None:
+    assert command("sample", "student", "a", "--memory", memory).refused().startswith(message)
+    assert not (stock / "samples").exists()
+
+
+def test_a_budget_is_refused_for_other_pipelines(here: Path, command: Any) -> None:
+    error = command("sample", "runs/tiny", "a", "--memory", "4GiB").refused()
+    assert error.startswith("--memory: runs/tiny is a MicroDiTPipeline; plans are made for")

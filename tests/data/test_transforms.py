@@ -14,6 +14,7 @@ from PIL import Image
 
 from shoestring.data.transforms import (
     BadImage,
+    crop_corner,
     decode,
     mirrored,
     original_size,
@@ -71,6 +72,40 @@ def test_size_and_crop_are_what_sdxl_is_told() -> None:
     """Original size; the crop in pixels of the picture resized so that its short side is the target."""
     assert prepare(smooth(100, 60), [30]).size_crop == (60, 100, 0, 10, 30, 30)
     assert prepare(smooth(40, 80), [16, 20]).size_crop == (80, 40, 10, 0, 20, 20)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_sdxl_ids_are_those_of_diffusers_training_script_plain_and_mirrored(turned: bool) -> None:
+    """Its `--center_crop` and `--random_flip`: short side to `size`, mirrored, cropped at round(rest / 2).
+
+    Within the pixel that rounding the long side first may shift it by.
+    """
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        height, width = (int(side) for side in generator.integers(64, 3000, 2))
+        size = int(generator.integers(1, min(height, width) // 8 + 1)) * 8
+        scale = size / min(height, width)
+        resized = int(height * scale), int(width * scale)
+        expected = [round((side - size) / 2) for side in resized]
+        top, left = crop_corner(height, width, size)
+        if turned:
+            left = resized[1] - size - left  # from the other side
+        assert abs(top - expected[0]) <= 1
+        assert abs(left - expected[1]) <= 1
+        assert min(top, left) >= -1
+
+
+def test_the_crop_of_the_ids_is_the_crop_of_the_picture() -> None:
+    """The resized whole, cut at top and left of the ids, is the stored picture but for its filtered rim."""
+    for width, height, size in ((300, 100, 50), (64, 160, 32)):
+        whole = Image.fromarray(smooth(width, height))
+        prepared = prepare(np.asarray(whole), [size])
+        _, _, top, left, *target = prepared.size_crop
+        scale = size / min(width, height)
+        resized = whole.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+        cut = np.asarray(resized)[top : top + size, left : left + size].astype(int)
+        assert target == [size, size]
+        assert np.abs(cut - prepared.pictures[size])[3:-3, 3:-3].max() <= 1
 
 
 def test_a_picture_of_the_right_size_is_untouched() -> None:

@@ -216,3 +216,14 @@ def test_every_pair_is_told_from_every_other_at_every_size() -> None:
                 for shape in SHAPES:
                     scene = Scene("free", background, (SceneObject(shape, colour, 0.47, 0.53, radius),))
                     assert compare(scene, parse(render(scene, 32), "free"))["all"], (size, colour, shape)
+
+
+def test_blobs_whose_surroundings_weigh_against_them_are_parsed() -> None:
+    """Saturated smears as badly trained networks draw them: some have a centre of mass off the picture."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        coarse = random.integers(0, 256, (3, 3, 3)).astype(np.uint8)
+        smear = np.asarray(Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC))
+        blend = np.where(random.random((32, 32, 1)) < 0.5, smear, 255 * (smear > 128))
+        for picture in (blend.astype(np.uint8), smear):
+            parse(picture, "cells")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
@@ -31,6 +32,7 @@ from shoestring.models.text_encoders import (
     TextEncoder,
     collate,
     load_text_encoder,
+    null_caption,
     sinusoids,
     split_words,
     word_vector,
@@ -196,6 +198,39 @@ def test_pad_encoder_keeps_what_clips_own_users_feed(clip: Path) -> None:
         expected = CLIPTextModel.from_pretrained(clip)(input_ids=inputs["input_ids"]).last_hidden_state
     assert {len(each) for each in encoded.tokens} == {LIMIT}
     torch.testing.assert_close(torch.stack(encoded.tokens), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "act", "pad"), [(2, "quick_gelu", "</s>"), (3, "gelu", "w0")])
+def test_stable_diffusions_text_is_bit_for_bit_its_pipelines(
+    layers: int, act: str, pad: str, tmp_path: Path
+) -> None:
+    """SD 1.x's CLIP padded with the end mark, 2.x's OpenCLIP with another: states after the final norm.
+
+    2.x's second-last layer is reached by files of one layer less (23), so that it has the norm as well.
+    """
+    config = clip_config()
+    config.num_hidden_layers, config.hidden_act = layers, act
+    words = tokenizer()
+    words.pad_token = pad
+    pipeline = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=CLIPTextModel(config),
+        tokenizer=words,
+        unet=None,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(tmp_path)
+    encoder = load_text_encoder(str(tmp_path), pad="encoder")
+    for caption in CAPTIONS:
+        with torch.no_grad():
+            expected, _ = pipeline.encode_prompt(caption, "cpu", 1, False)
+        assert torch.equal(encoder.encode([caption]).tokens[0], expected[0])
+    with torch.no_grad():
+        _, expected = pipeline.encode_prompt(CAPTIONS[0], "cpu", 1, True)
+    assert torch.equal(null_caption(encoder).tokens[0], expected[0])
 
 
 def test_pad_masked_tells_clip_its_padding_and_keeps_all_states(clip: Path) -> None:

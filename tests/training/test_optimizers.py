@@ -141,3 +141,29 @@ def test_an_unknown_optimizer_is_refused(network: MicroDiT) -> None:
 def test_schedules_have_their_closed_forms(settings: dict[str, Any], images: int, expected: float) -> None:
     arguments = {"warmup": 0, "final": 0.0, "total": 1000, **settings}
     assert lr_factor(images=images, **arguments) == pytest.approx(expected)
+
+
+def test_muon_steps_a_kernel_as_torchs_steps_its_matrix() -> None:
+    """Also after the state went through a checkpoint's names, and the kernel's own memory is what moves."""
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(6, 4, 3)
+    flat = torch.nn.Parameter(convolution.weight.detach().flatten(1).clone())
+    settings = OptimizerSettings(kind="muon", kernels=True, weight_decay=0.1)
+    ours, theirs = make_optimizers(convolution, settings), torch.optim.Muon([flat], lr=1e-2, weight_decay=0.1)
+    for number in range(4):
+        gradient = torch.randn(4, 6, 3, 3)
+        convolution.weight.grad, flat.grad = gradient, gradient.flatten(1)
+        ours.set_lr(1e-3)  # hidden matrices take ten times that
+        ours.step()
+        theirs.step()
+        assert torch.equal(convolution.weight.flatten(1), flat)
+        if number == 1:
+            state = {name: tensor.clone() for name, tensor in ours.state().items()}
+            assert state["weight/momentum_buffer"].shape == (4, 54)
+            ours = make_optimizers(convolution, settings)
+            ours.prepare(list(state))
+            for name, tensor in ours.state().items():
+                tensor.copy_(state[name])
+    assert {id(each) for each in ours.parameters()} == {id(each) for each in convolution.parameters()}
+    ours.zero_grad()
+    assert convolution.weight.grad is None

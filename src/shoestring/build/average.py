@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoestring.errors import CheckpointError
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
@@ -46,6 +46,23 @@ def read_part(path_or_id: str, name: str) -> dict[str, Tensor]:
     raise CheckpointError(
         f"{path_or_id}: has no {name} (no {folder / name}/*.safetensors). Give a run that has."
     )
+
+
+def begin_with(network: nn.Module, path_or_id: str, name: str) -> None:
+    """Start from a part of what another run exported; raises `CheckpointError` for another network."""
+    state: dict[str, Tensor] = read_part(path_or_id, name)
+    wanted = network.state_dict()
+    odd = sorted(
+        key
+        for key in {*state, *wanted}
+        if key not in state or key not in wanted or state[key].shape != wanted[key].shape
+    )
+    if odd:
+        raise CheckpointError(
+            f"init {path_or_id}: its {name} is not the recipe's: {odd[0]} differs (and {len(odd) - 1} more). "
+            "Use the `model` section that it was trained with."
+        )
+    network.load_state_dict(state)
 
 
 def average(runs: Sequence[str], out: Path, weights: Sequence[float] | None = None) -> list[str]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from shoestring.data.store import Store, split_revision
 from shoestring.errors import StoreError
 from shoestring.models.autoencoders import encoder_fingerprint, load_autoencoder, weights_fingerprint
-from shoestring.models.text_encoders import TextEncoder, load_text_encoder
+from shoestring.models.text_encoders import EncodedText, TextEncoder, load_text_encoder
+from shoestring.models.text_encoders import null_caption as encoded_nothing
 from shoestring.recipes.schema import Recipe
 
 
@@ -26,15 +27,19 @@ def text_encoder(recipe: Recipe, store: Store) -> TextEncoder:
 
 def null_text(recipe: Recipe, store: Store) -> Tensor:
     """The encoded empty caption (L0, C) float32: what a dropped caption is replaced by."""
+    return null_caption(recipe, store).tokens[0]
+
+
+def null_caption(recipe: Recipe, store: Store) -> EncodedText:
+    """The encoded empty caption, with its pooled vector where the text encoder gives one."""
     words, _ = split_revision(recipe.data.text_encoder)
     revision = store.manifest["text_encoder"]["revision"]
-    return _null_text(words, revision, store.max_tokens, store.pad)
+    return _null_caption(words, revision, store.max_tokens, store.pad)
 
 
 @cache
-def _null_text(words: str, revision: str | None, max_tokens: int, pad: str) -> Tensor:
-    text = load_text_encoder(words, max_tokens=max_tokens, pad=pad, revision=revision)
-    return text.encode([""]).tokens[0].float()
+def _null_caption(words: str, revision: str | None, max_tokens: int, pad: str) -> EncodedText:
+    return encoded_nothing(load_text_encoder(words, max_tokens=max_tokens, pad=pad, revision=revision))
 
 
 def image_decoder(recipe: Recipe, store: Store) -> nn.Module:

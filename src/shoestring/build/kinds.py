@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shoestring.build.koala import StudentSystem, UNetSystem
 from shoestring.build.microdit import MicroDiTSystem
 from shoestring.build.systems import AnySystem
 from shoestring.build.wuerstchen import StageA, StageB, StageC
@@ -13,6 +14,8 @@ SYSTEMS: dict[str, type[AnySystem]] = {
     "wuerstchen_vqgan": StageA,
     "wuerstchen_decoder": StageB,
     "wuerstchen_prior": StageC,
+    "unet": UNetSystem,
+    "unet_student": StudentSystem,
 }
 
 

@@ -55,8 +55,8 @@ class Exhibit:
         """Write pictures; a record of them, and one of the loss on held-out images where there are any."""
         with self.busy:
             phase = self._take(images, weights)
-            for part in self.parts:
-                part.objective.to(device)
+            for part in self.parts:  # a teacher stays a shape: looking asks nothing of it
+                part.objective._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
             file = self.product.preview(self.run, images, device)
             held_out = list(self._held_out(images, phase, device))
             self._let_go()

@@ -38,6 +38,7 @@ def plan_phase(
         rank=world.rank,
         world=world.size,
         captions=False,
+        extra=system.extra,
         window=recipe.data.window,
         pin_memory=on_gpu,
     )
@@ -79,7 +80,10 @@ def phase_flops(system: AnySystem, phase: Phase) -> dict[int, float]:
     system.enter(phase, parts)
     recipe, start = system.recipe, system.start_of(phase)
     window = recipe.data.window and 1  # 8 images of one chunk, which is all of a remote store that is fetched
-    batch = Loader(system.store, size=phase.size, batch_size=8, seed=recipe.seed, window=window).batch(0, 8)
+    loader = Loader(
+        system.store, size=phase.size, batch_size=8, seed=recipe.seed, extra=system.extra, window=window
+    )
+    batch = loader.batch(0, 8)
     flops = {}
     for begin, _ in system.states(phase):
         system.advance(phase, parts, begin)

@@ -74,6 +74,11 @@ class System(Generic[Kind]):
         """Fingerprints of networks that keys of the recipe name: a resumed run needs the same ones."""
         return {}
 
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """What batches hold beside latents and text: names of `Loader`'s `extra`."""
+        return ()
+
     def networks(self, phase: Phase) -> dict[str, nn.Module]:
         """Networks with fresh weights drawn from the recipe's seed, at a phase's resolution."""
         raise NotImplementedError
@@ -95,6 +100,14 @@ class System(Generic[Kind]):
     def states(self, phase: Phase) -> list[tuple[int, int]]:
         """(images of the phase after which a state begins, images in it): stretches of one cost an image."""
         return [(0, phase.images)]
+
+    def references(self) -> Iterator[tuple[str, DiffusionPipeline]]:
+        """Pipelines that a run's is measured beside, by name."""
+        return iter(())
+
+    def network_rows(self, networks: Networks, device: torch.device) -> list[MetricRow]:
+        """Figures of the networks themselves, where others stand beside them."""
+        return []
 
     def product(self, networks: Networks) -> Product:
         """What is exported and looked at."""
@@ -122,6 +135,7 @@ class System(Generic[Kind]):
             batch_size=LOSS_BATCH,
             seed=0,
             captions=False,
+            extra=self.extra,
             window=self.recipe.data.window,
         )
         return loader.batches(0, min(count, len(self.store.splits[split])))

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from shoestring.build.average import read_part
+from shoestring.build.average import begin_with
 from shoestring.build.encoders import image_decoder, latents_of, null_text, scaling_of, text_encoder
 from shoestring.build.looks import Drawn, preview_reconstructions
 from shoestring.build.systems import Networks, Opened, Part, Product, System, mismatch
-from shoestring.errors import CheckpointError
 from shoestring.evaluation.run import mean_row
 from shoestring.interfaces import MetricRow
 from shoestring.models.autoencoders import load_autoencoder, weights_fingerprint
@@ -77,7 +76,7 @@ class StageA(System[VqganModel]):
 
     def begin(self, networks: Networks) -> None:
         if self.recipe.init:
-            _begin_with(networks["vqgan"], self.recipe.init, "vqgan")
+            begin_with(networks["vqgan"], self.recipe.init, "vqgan")
 
     def parts(self, networks: Networks) -> list[Part]:
         section, discriminator = self.section, networks.get("discriminator")
@@ -208,7 +207,7 @@ class StageB(System[DecoderModel]):
         if self.recipe.init:
             for name in networks:
                 if name != "previewer" or _previewer_of(self.recipe.init):
-                    _begin_with(networks[name], self.recipe.init, name)
+                    begin_with(networks[name], self.recipe.init, name)
         elif self.model.compressor.weights:
             compressor.load_imagenet(self.model.compressor.weights)
 
@@ -295,7 +294,7 @@ class StageC(System[PriorModel]):
 
     def begin(self, networks: Networks) -> None:
         if self.recipe.init:
-            _begin_with(networks["prior"], self.recipe.init, "prior")
+            begin_with(networks["prior"], self.recipe.init, "prior")
 
     def parts(self, networks: Networks) -> list[Part]:
         objective = PriorObjective(
@@ -361,20 +360,3 @@ def _previewer_of(path: str) -> LatentPreviewer | None:
                 folder / "previewer", use_safetensors=True, low_cpu_mem_usage=False
             )
     return None
-
-
-def _begin_with(network: nn.Module, path_or_id: str, name: str) -> None:
-    """Start from a part of what another run exported; raises `CheckpointError` for another network."""
-    state: dict[str, Tensor] = read_part(path_or_id, name)
-    wanted = network.state_dict()
-    odd = sorted(
-        key
-        for key in {*state, *wanted}
-        if key not in state or key not in wanted or state[key].shape != wanted[key].shape
-    )
-    if odd:
-        raise CheckpointError(
-            f"init {path_or_id}: its {name} is not the recipe's: {odd[0]} differs (and {len(odd) - 1} more). "
-            "Use the `model` section that it was trained with."
-        )
-    network.load_state_dict(state)

@@ -25,11 +25,16 @@ class DemoSystem(StrEnum):
 
     microdit = "microdit"
     wuerstchen = "wuerstchen"
+    koala = "koala"
 
 
-RECIPES = {DemoSystem.microdit: "demo", DemoSystem.wuerstchen: "wuerstchen-demo"}
+RECIPES = {
+    DemoSystem.microdit: "demo",
+    DemoSystem.wuerstchen: "wuerstchen-demo",
+    DemoSystem.koala: "koala-demo",
+}
 
-SHARES = {"": 1.0, "a": 0.2, "b": 0.4, "c": 0.4}
+SHARES = {"": 1.0, "a": 0.2, "b": 0.4, "c": 0.4, "teacher": 0.6, "task": 0.2, "features": 0.2}
 """How the minutes asked for are spread over a recipe's stages."""
 
 
@@ -49,19 +54,22 @@ def demo(
     """Make scenes, train on them, draw unseen prompts, score them, report.
 
     `--system microdit` trains a small MicroDiT with deferred masking; `--system wuerstchen` the three stages
-    of a small cascade, each a run of its own. A run that was stopped goes on; one that is finished is only
-    measured again.
+    of a small cascade; `--system koala` a U-Net, which is then cut to half and distilled twice: by its task
+    alone, and with the teacher's features. Each stage is a run of its own. A run that was stopped goes on;
+    one that is finished is only measured again.
     """
     from shoestring.errors import RecipeError
     from shoestring.recipes.load import load_recipe, load_stages
     from shoestring.runtime import pick_device
     from shoestring.storage import RunFolder
+    from shoestring.training.compare import read_runs, write_comparison
 
     started = time.perf_counter()
     chosen = pick_device(device)
     recipe = RECIPES[system]
     named = name or (f"{recipe}-{minutes:g}min" if minutes else recipe)
     sets = [*(set_ or ()), f"name={named}"]
+    students = []
     for stage, loaded in load_stages(recipe, sets, runs).items():
         if loaded.data.scenes is None:
             raise RecipeError("--set data.store: the demo is of scenes. Use shoestring train demo --set ...")
@@ -72,6 +80,10 @@ def demo(
         images, rows = _run(loaded, run, chosen, fit)
         spent = (time.perf_counter() - started) / 60
         typer.echo(f"{_scores(rows)}, {images:,} images seen, {spent:.1f} minutes, report: {run.report}")
+        students += [run.root] if loaded.teacher else []
+    if len(students) > 1:
+        page = write_comparison(read_runs(students), runs / f"{named}.html")
+        typer.echo(f"side by side: {page}")
 
 
 def _run(
@@ -113,6 +125,10 @@ def _scores(rows: Sequence[MetricRow]) -> str:
                 f"scene accuracy {row['value']:.3f} on {row['n']} {words} of unseen scenes "
                 f"({pairs['value']:.3f} of unseen pairs)"
             )
+    errors = [found.get((metric, "unseen_scenes")) for metric in ("teacher_error", "cut_teacher_error")]
+    if errors[0] and errors[1]:
+        told = f"error to the teacher {errors[0]['value']:.4f} ({errors[1]['value']:.4f} before distillation)"
+        parts.append(told)
     for metric, words in (("reconstruction_psnr", "PSNR {:.1f} dB"), ("reconstruction_ssim", "SSIM {:.3f}")):
         if row := found.get((metric, "unseen_scenes")):
             parts.append(words.format(row["value"]))

@@ -25,7 +25,9 @@ def encode(
     text_encoder: Annotated[str, typer.Option(help="hashing, a folder, or a hub id[@revision].")] = "hashing",
     pad: Annotated[
         str,
-        typer.Option(help="none: real tokens only; encoder: padded, CLIP not told so; masked: told so."),
+        typer.Option(
+            help="none: real tokens only; encoder: padded, CLIP not told so (SDXL's way); masked: told so."
+        ),
     ] = "none",
     max_tokens: Annotated[int | None, typer.Option(help="Longest caption in tokens. [the encoder's]")] = None,
     text_dtype: Annotated[
@@ -54,6 +56,7 @@ def encode(
     level: Annotated[str | None, typer.Option(help="scenes: cells or free. [cells]")] = None,
     images: Annotated[int | None, typer.Option(help="scenes: how many to train on. [60000]")] = None,
     seed: Annotated[int | None, typer.Option(help="scenes: which ones. [0]")] = None,
+    objects: Annotated[int | None, typer.Option(help="scenes: most objects in one. [3]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Encode captioned images into a store. Run again after a stop: finished chunks are kept."""
@@ -80,7 +83,7 @@ def encode(
         chunk_rows=chunk_rows,
         max_bad=max_bad,
     )
-    asked = {"level": level, "images": images, "seed": seed}
+    asked = {"level": level, "images": images, "seed": seed, "objects": objects}
     opened = open_source(
         source,
         image_column=image_column,

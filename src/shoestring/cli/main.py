@@ -6,6 +6,7 @@ nor pydantic. Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupte
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -28,17 +29,24 @@ COMMANDS = {
     "report": "Write a run's report.html: curves, pictures, scores, cost.",
     "compare": "Compare runs: curves, differences, scores, cost: compare.html.",
     "average": "Average the weights of several runs into one pipeline.",
+    "compress": "Cut a U-Net or a transformer to a smaller student, before it is distilled.",
     "convert": "A published MicroDiT checkpoint to a pipeline folder, or back.",
+    "convert-lora": "A LoRA of a teacher to one of its student.",
     "recipes": "List the built-in recipes, or print one resolved.",
 }
 """Each command in its own module of this folder, as a function (or a group of subcommands) of its name."""
 
 TRACEBACK = "SHOESTRING_TRACEBACK"
 
+TALKATIVE = ("torchao", "diffusers.quantizers.torchao", "torch.utils._pytree")
+"""Loggers that tell every command what torchao could not load; diffusers imports it where it is installed."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends by raising `SystemExit`, but for mistakes of our own."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if "WORLD_SIZE" in os.environ:  # torch's remarks would come from every process; its errors stay
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
@@ -99,7 +107,8 @@ def make_app(arguments: Sequence[str]) -> typer.Typer:
         if name != called:
             app.command(name, help=summary, short_help=summary)(_not_called)
             continue
-        command = getattr(import_module(f"shoestring.cli.{name}"), name)
+        module = name.replace("-", "_")
+        command = getattr(import_module(f"shoestring.cli.{module}"), module)
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=name, short_help=summary)
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,8 @@ from shoestring.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from shoestring.pipelines.generate import Picture
 
 
 def sample(
@@ -27,7 +31,24 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampler steps, at least 1.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="edm_heun, edm_euler, edm_dpm; flow_euler, flow_heun.")
+        str | None,
+        typer.Option(
+            help="edm_heun, edm_euler, edm_dpm; flow_euler, flow_heun; of a U-Net euler, ddim, dpm++, lcm."
+        ),
+    ] = None,
+    tiny_decoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_ID",
+            help="An AutoencoderTiny that decodes in the autoencoder's place: faster, coarser.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Of a U-Net: draw within this much memory, such as 4GiB, one stage after the other.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 16,
@@ -35,28 +56,15 @@ def sample(
     """Draw prompts: one PNG each, with prompt, seed and settings in its metadata, and a grid of all."""
     check_numbers(steps, guidance)
 
-    from shoestring.pipelines.generate import generate, save_grid, save_png, warn_cut_prompts
-    from shoestring.pipelines.load import load
+    from shoestring.pipelines.generate import save_grid, save_png
     from shoestring.runtime import pick_device
-    from shoestring.sampling.schedulers import make_scheduler
 
-    chosen = pick_device(device)
-    pipeline = load(model).to(chosen)
-    _check_draws(model, pipeline, scheduler)
-    if scheduler is not None:
-        trained = pipeline.scheduler.config
-        pipeline.scheduler = make_scheduler(
-            scheduler,
-            prediction=pipeline.config.prediction,
-            sigma_data=getattr(trained, "sigma_data", None),
-            shift=getattr(trained, "shift", 1.0),
-        )
-    for line in warn_cut_prompts(pipeline, prompts):
-        typer.echo(line, err=True)
+    chosen = str(pick_device(device))
     repeated = [prompt for prompt in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
+    order = _Order(model, repeated, seeds, batch, steps, guidance, scheduler, tiny_decoder, chosen)
+    pictures = _whole(order) if memory is None else _staged(order, memory)
     images = []
-    pictures = generate(pipeline, repeated, seeds, steps=steps, guidance=guidance, batch_size=batch)
     for number, picture in enumerate(pictures):
         path = out / f"{number:05d}.png"
         save_png(picture, path)
@@ -66,8 +74,69 @@ def sample(
     typer.echo(f"{out / 'grid.png'}  {len(images)} pictures")
 
 
-def _check_draws(model: str, pipeline: DiffusionPipeline, scheduler: str | None) -> None:
-    """Raise where a pipeline draws no prompts, or has no use for another scheduler."""
+@dataclass(frozen=True)
+class _Order:
+    """What is to be drawn, of what, how and where: a prompt and a seed for each picture."""
+
+    model: str
+    prompts: list[str]
+    seeds: list[int]
+    batch: int
+    steps: int | None
+    guidance: float | None
+    scheduler: str | None
+    tiny_decoder: str | None
+    device: str
+
+
+def _whole(order: _Order) -> Iterator[Picture]:
+    """Pictures from the pipeline with all its parts in memory; tells of prompts that are cut."""
+    from shoestring.pipelines.generate import generate, warn_cut_prompts
+    from shoestring.pipelines.load import load
+    from shoestring.pipelines.parts import use_scheduler, use_tiny_decoder
+
+    pipeline = load(order.model)
+    _check_draws(order.model, pipeline)
+    if order.scheduler is not None:
+        use_scheduler(pipeline, order.scheduler)
+    if order.tiny_decoder is not None:
+        use_tiny_decoder(pipeline, order.tiny_decoder)
+    pipeline.to(order.device)
+    for line in warn_cut_prompts(pipeline, list(dict.fromkeys(order.prompts))):
+        typer.echo(line, err=True)
+    return generate(
+        pipeline,
+        order.prompts,
+        order.seeds,
+        steps=order.steps,
+        guidance=order.guidance,
+        batch_size=order.batch,
+    )
+
+
+def _staged(order: _Order, memory: str) -> Iterator[Picture]:
+    """Pictures within a budget: tells the plan, then each stage is loaded in its turn."""
+    from shoestring.pipelines.memory import parse_size
+    from shoestring.pipelines.staged import StagedPipeline
+
+    budget = parse_size(memory)
+    pipeline = StagedPipeline(order.model, scheduler=order.scheduler, tiny_decoder=order.tiny_decoder)
+    most = min(order.batch, len(order.prompts))
+    plan = pipeline.plan(budget, device=order.device, batch=most, guidance=order.guidance)
+    typer.echo(str(plan))
+    return pipeline.generate(
+        plan,
+        order.prompts,
+        order.seeds,
+        steps=order.steps,
+        guidance=order.guidance,
+        tell=lambda line: typer.echo(line, err=True),
+    )
+
+
+def _check_draws(model: str, pipeline: DiffusionPipeline) -> None:
+    """Raise where a pipeline draws no prompts."""
+    from shoestring.pipelines.defaults import draws_prompts
     from shoestring.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
     from shoestring.pipelines.wuerstchen_prior import WuerstchenPriorPipeline
 
@@ -76,13 +145,11 @@ def _check_draws(model: str, pipeline: DiffusionPipeline, scheduler: str | None)
             f"{model}: a {type(pipeline).__name__}, one stage of a cascade, which draws no prompt by itself. "
             "Give a whole cascade, such as a run of its stage c."
         )
-    if not hasattr(pipeline.config, "default_steps"):
+    if not draws_prompts(pipeline):
         raise CheckpointError(
             f"{model}: a {type(pipeline).__name__}, which `shoestring sample` cannot prompt. "
             "Use it in Python: shoestring.load(...) gives the pipeline."
         )
-    if scheduler is not None and "prior_scheduler" in pipeline.components:
-        raise RecipeError("--scheduler: has no effect on a Würstchen cascade. Leave it out.")
 
 
 def check_numbers(steps: int | None, guidance: float | None) -> None:

@@ -39,9 +39,11 @@ def info(path: Place) -> None:
         shape = " x ".join(map(str, opened.latent_shape(size)))
         say(f"{size} px", f"latents {shape}, {manifest['latent_dtype']}")
     say("autoencoder", f"{_named(image)}, {image['spatial_factor']:.5g} px a cell")
+    pooled = f" and pooled {text['pooled']}" if text.get("pooled") else ""
     say(
         "text encoder",
-        f"{_named(text)}, width {text['width']}, {_PADDINGS[text['pad']]}, at most {text['max_tokens']}",
+        f"{_named(text)}, width {text['width']}{pooled}, {_PADDINGS[text['pad']]}, "
+        f"at most {text['max_tokens']}",
     )
     total = 0
     for column, size_bytes in sorted(opened.bytes_by_column().items()):

@@ -141,7 +141,7 @@ def check_earlier(recipe: str, loaded: Recipe, runs: Path) -> None:
     """Raise `CheckpointError` where a stage needs an earlier one that has not been trained."""
     from shoestring.errors import CheckpointError
 
-    needed = [loaded.data.autoencoder, getattr(loaded.model, "vqgan", "")]
+    needed = [loaded.data.autoencoder, getattr(loaded.model, "vqgan", ""), loaded.teacher or ""]
     for each in needed:
         run = Path(each)
         prefix = f"{loaded.name.rpartition('-')[0]}-"

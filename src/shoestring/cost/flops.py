@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoestring.interfaces import Batch, Objective
@@ -21,6 +23,18 @@ def training_flops_per_image(objective: Objective, batch: Batch) -> float:
         objective(shapes).per_sample.mean().backward()
     objective.zero_grad(set_to_none=True)
     return counter.get_total_flops() / len(batch)
+
+
+@torch.no_grad()
+def forward_flops(module: nn.Module, *inputs: Any, method: str = "forward", **named: Any) -> int:
+    """Operations of one forward without gradients, counted likewise; `method` is called in its place.
+
+    Module and tensors may lie on the meta device: then a network of any size is counted without memory.
+    """
+    call = module if method == "forward" else getattr(module, method)
+    with FlopCounterMode(display=False) as counter:
+        call(*inputs, **named)
+    return counter.get_total_flops()
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:

@@ -432,7 +432,8 @@ def source_again(
             raise SourceError(
                 "scenes have no other captions. Make another store to draw more of them a scene."
             )
-        drawn = {name: store.manifest["source"][name] for name in _DRAWN}
+        made = store.manifest["source"]
+        drawn = {name: made[name] for name in _DRAWN if name in made}
         return open_source("scenes", scenes=drawn | {"size": max(size, *first_sizes(store))})
     return open_source(
         spec or words[0],
@@ -448,7 +449,7 @@ def first_sizes(store: Store) -> list[int]:
     return [size for size in store.sizes if f"latents-{size}" not in added]
 
 
-_DRAWN = ("level", "images", "seed", "held_out", "captions_per_image")
+_DRAWN = ("level", "images", "seed", "held_out", "captions_per_image", "objects")
 
 
 def _unnamed(described: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,12 +112,17 @@ class ImageEncoder:
 
     def _encode(self, pictures: NDArray[np.uint8]) -> Arrays:
         if self.is_pixels:
-            return {"mean": np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))}
+            model: Any = self.model
+            values = model.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2)).latent
+            return {"mean": np.ascontiguousarray(values.numpy())}
         images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         mean, log_variance = encode_images(self.model, images)
         latents = mean.half().cpu().numpy()
         if not np.isfinite(latents).all():
-            raise ShoestringError(f"autoencoder {self.name}: gave latents beyond float16's range.")
+            raise ShoestringError(
+                f"autoencoder {self.name}: gave latents beyond float16's range, in float32 arithmetic: its "
+                "weights are damaged or for other pictures. Give another --autoencoder."
+            )
         if not self.log_variance or log_variance is None:
             return {"mean": latents}
         return {"mean": latents, "log_variance": log_variance.half().cpu().numpy()}

@@ -394,7 +394,8 @@ def split_of(scene: Scene) -> str:
 class ScenesSource:
     """Captioned scenes as numbered rows: `images` of train, then `held_out` of each unseen split.
 
-    A row depends on (level, seed, split, place in the split) alone: more images change none of the others.
+    A row depends on (level, seed, split, place in the split, most `objects`) alone: more images change none
+    of the others.
     """
 
     level: str = "cells"
@@ -403,6 +404,7 @@ class ScenesSource:
     seed: int = 0
     held_out: int = 1024
     captions_per_image: int = 1
+    objects: int = max(OBJECT_COUNTS)
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -416,6 +418,10 @@ class ScenesSource:
             )
         if self.seed < 0:
             raise SourceError(f"scenes: seed {self.seed} is out of range. Use 0 or more.")
+        if not 1 <= self.objects <= max(OBJECT_COUNTS):
+            raise SourceError(
+                f"scenes: objects {self.objects} is out of range. Use at most 1 to {max(OBJECT_COUNTS)}."
+            )
         if not 1 <= self.captions_per_image <= 4:
             raise SourceError(
                 f"scenes: captions_per_image {self.captions_per_image} is out of range. Use 1 to 4."
@@ -433,7 +439,10 @@ class ScenesSource:
 
     def describe(self) -> dict[str, Any]:
         """What identifies these rows: equal descriptions give equal pictures and captions."""
-        return {"kind": "scenes", "version": 1, **asdict(self)}
+        told = {"kind": "scenes", "version": 1, **asdict(self)}
+        if self.objects == max(OBJECT_COUNTS):  # as stores have it that were made before it could be fewer
+            del told["objects"]
+        return told
 
     def split(self, row: int) -> str:
         """The name of the split that holds a row."""
@@ -443,7 +452,8 @@ class ScenesSource:
         """The scene of a row: drawn, keyed by the row, until one of the row's split comes up."""
         split = self.split(row)
         draws = _Draws(self.seed, f"{self.level} {split}", row - self.splits[split][0])
-        count = OBJECT_COUNTS[draws.below(len(OBJECT_COUNTS))]
+        counts = [count for count in OBJECT_COUNTS if count <= self.objects]
+        count = counts[draws.below(len(counts))]
         draw = _draw_cells if self.level == "cells" else _draw_free
         while True:
             scene = draw(draws, count)

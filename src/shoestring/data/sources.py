@@ -266,10 +266,10 @@ class SceneRows:
 
     def __init__(self, scenes: Any) -> None:
         self.scenes = scenes
-        told = {name: scenes.describe()[name] for name in ("level", "images", "seed", "held_out")}
         self.words = ["scenes"]
-        for name, value in told.items():
-            self.words += [f"--{name.replace('_', '-')}", str(value)]
+        for name in ("level", "images", "seed", "held_out", "objects"):
+            if name in scenes.describe():
+                self.words += [f"--{name.replace('_', '-')}", str(scenes.describe()[name])]
 
     @property
     def num_rows(self) -> int:

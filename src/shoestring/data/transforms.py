@@ -32,7 +32,8 @@ class Prepared:
     """One image at every size asked for.
 
     `size_crop` = (original height, original width, crop top, crop left, target height, target width) for
-    the largest size, the crop in pixels of the resized image: what SDXL is told of its training images.
+    the largest size, the crop in pixels of the resized image: what SDXL is told of its training images
+    (arXiv 2307.01952, section 2.2). A mirrored picture has the same: of a centre crop both sides are alike.
     """
 
     pictures: dict[int, Pixels]  # size -> (size, size, 3)

@@ -36,6 +36,7 @@ OTHER = "other"
 
 MIN_SHARE = 0.5  # a pixel belongs to an object when at least this much of it has the object's hue
 MIN_AREA = 0.007  # smaller blobs are specks and ignored, as a share of the picture (7 pixels at 32 px)
+LEAST_AREA = 1.0  # pixels that a blob counts as, at least: what surrounds it may weigh against it
 MAX_RESIDUAL = 0.05  # a blob further than this from every shape is no shape (see _residuals)
 MAX_HUE_ERROR = 22.0  # degrees between a blob's hue and its colour's; hues lie at least 55 apart
 MAX_BACKGROUND_ERROR = 0.16  # distance of the background's lightness from white, grey or black
@@ -262,9 +263,10 @@ def _objects(
     paint = _PALETTE[colours] - ground  # (N, 3)
     share = np.einsum("hwc,nc->nhw", picture - ground, paint) / (paint**2).sum(axis=1)[:, None, None]
     share = np.where(reach, share, 0).astype(np.float32)
-    area = share.sum(axis=(1, 2))
+    area = np.maximum(share.sum(axis=(1, 2)), LEAST_AREA)
     points = np.arange(size) + 0.5
     centre = np.stack([share.sum(axis=1) @ points, share.sum(axis=2) @ points], axis=1) / area[:, None]
+    centre = centre.clip(0, size)  # pixels of the opposite colour weigh less than nothing
     boxes = _boxes(area, centre)  # (N, shapes, 3)
     expected = noise**2 / (paint**2).sum(axis=1) * reach.sum(axis=(1, 2)) / area  # what noise adds
     residuals = _residuals(share, area, centre, boxes) - expected[:, None]

@@ -23,6 +23,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shoestring.errors import RecipeError
 from shoestring.models.quiet import muted, no_bars
@@ -32,23 +33,30 @@ from shoestring.models.wuerstchen_vqgan import PaellaVQModel
 from shoestring.storage import RunFolder
 
 PIXELS = "pixels"
+FOLDED = "pixels-folded"
+FOLDED_SCALE = 0.4  # Stable Diffusion's noise schedule leaves too little noise on pictures in [-1, 1]
 PIXELS_AT_ONCE = 2**20  # an AutoencoderKL takes 2.5 KB for each to encode and 4 KB to decode, in float32
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers clamps it
 
 
 class PixelAutoencoder(ModelMixin, ConfigMixin):
-    """The identity: a picture is its own latent. Lets models train on pixels with nothing to download."""
+    """The identity: a picture is its own latent. Lets models train on pixels with nothing to download.
+
+    With `fold` F, squares of F x F pixels become channels: (3, H, W) -> (3 F F, H / F, W / F).
+    """
 
     @register_to_config
-    def __init__(self, latent_channels: int = 3, scaling_factor: float = 1.0) -> None:
+    def __init__(self, latent_channels: int = 3, scaling_factor: float = 1.0, fold: int = 1) -> None:
         super().__init__()
         self.register_buffer("anchor", torch.zeros(1))  # gives the model a file, a device and a type
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        return EncoderOutput(latent=x) if return_dict else (x,)
+        z = F.pixel_unshuffle(x, self.config["fold"])
+        return EncoderOutput(latent=z) if return_dict else (z,)
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
-        return DecoderOutput(sample=z) if return_dict else (z,)
+        x = F.pixel_shuffle(z, self.config["fold"])
+        return DecoderOutput(sample=x) if return_dict else (x,)
 
     def forward(self, sample: Tensor) -> Any:
         return self.decode(self.encode(sample).latent)
@@ -96,15 +104,19 @@ class _AnyConfig(ConfigMixin):
 
 
 def load_autoencoder(path_or_id: str, revision: str | None = None) -> nn.Module:
-    """`pixels`, or the autoencoder in a local folder or hub repository, in float32.
+    """`pixels`, `pixels-folded`, or the autoencoder in a local folder or hub repository, in float32.
 
     A place is the autoencoder itself, or a pipeline with it in `vae/`; with `vqgan/`, `decoder/` and
     `compressor/` it is a `WuerstchenAutoencoder`, with `vqgan/` alone a `PaellaVQModel`. For a run, its
-    exported pipeline is taken. Reads safetensors only. Raises `RecipeError` where there is none, or one of an
-    unknown class, `CheckpointError` where parts of Würstchen's are missing.
+    exported pipeline is taken. Reads safetensors only (those named `fp16` where there are no others). Raises
+    `RecipeError` where there is none, or one of an unknown class, `CheckpointError` where parts of
+    Würstchen's are missing.
     """
     if path_or_id == PIXELS:
         return PixelAutoencoder().eval()
+    if path_or_id == FOLDED:
+        return PixelAutoencoder(latent_channels=12, scaling_factor=FOLDED_SCALE, fold=2).eval()
+    refuse_single_file("autoencoder", path_or_id)
     path_or_id = _exported(path_or_id)
     subfolder, name = _find_config(path_or_id, revision)
     if subfolder == "vqgan" and _has_more(path_or_id, revision):
@@ -115,18 +127,11 @@ def load_autoencoder(path_or_id: str, revision: str | None = None) -> nn.Module:
         )
     try:
         with no_bars(), muted("diffusers.configuration_utils", about=name):
-            model = CLASSES[name].from_pretrained(
-                path_or_id,
-                subfolder=subfolder,
-                revision=revision,
-                use_safetensors=True,
-                low_cpu_mem_usage=False,
-                torch_dtype=torch.float32,
-            )
+            model = _read_weights(CLASSES[name], path_or_id, subfolder, revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"autoencoder {path_or_id}: cannot be loaded ({first_line(error)}). "
-            "It needs diffusion_pytorch_model.safetensors beside its config.json."
+            "It needs diffusion_pytorch_model.safetensors (or .fp16.safetensors) beside its config.json."
         ) from error
     model.requires_grad_(False)
     return model.eval()
@@ -191,7 +196,7 @@ def spatial_factor(autoencoder: nn.Module) -> int | float:
     A fraction for Würstchen's: 128 / 3 as published. `latent_side` is exact.
     """
     if isinstance(autoencoder, PixelAutoencoder):
-        return 1
+        return int(autoencoder.config["fold"])
     if isinstance(autoencoder, WuerstchenAutoencoder):
         factor = autoencoder.factor
         return int(factor) if factor.denominator == 1 else float(factor)
@@ -249,6 +254,35 @@ def encoder_fingerprint(autoencoder: nn.Module) -> str:
 def first_line(error: Exception) -> str:
     """The first sentence of a library's long message."""
     return str(error).strip().split("\n")[0].rstrip(".").strip() or type(error).__name__
+
+
+def refuse_single_file(kind: str, path_or_id: str) -> None:
+    """Raise `RecipeError` for a whole pipeline in one file: its parts' configurations are not in there."""
+    if Path(path_or_id).is_file():
+        raise RecipeError(
+            f"{kind} {path_or_id}: is a single file. Make a folder of it once, with diffusers' "
+            "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), and give the folder."
+        )
+
+
+def _read_weights(kind: Any, path_or_id: str, subfolder: str | None, revision: str | None) -> Any:
+    """A network of a diffusers class in float32; raises OSError where no safetensors are there."""
+    problem: OSError | None = None
+    for variant in (None, "fp16"):
+        try:
+            return kind.from_pretrained(
+                path_or_id,
+                subfolder=subfolder,
+                revision=revision,
+                variant=variant,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+            )
+        except OSError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def _exported(path_or_id: str) -> str:

@@ -1,4 +1,5 @@
-"""Text encoders behind one class: `hashing` (no learned weights) and any text model of transformers.
+"""Text encoders behind one class: `hashing` (no learned weights), any text model of transformers, and the
+two of SDXL as one (sdxl_text.py).
 
     captions --TextEncoder.encode--> EncodedText: per caption (L_i, C) --collate--> (B, L, C) + mask (B, L)
 
@@ -10,7 +11,7 @@
     masked     the same, and every encoder is told (Würstchen, Stable Cascade)
 
 Both paddings are for models that attend to them, without a text mask. CLIP is causal: with it they differ in
-the states of the padding alone.
+the states of the padding alone. SDXL's pair knows `encoder` alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,24 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shoestring.errors import RecipeError
-from shoestring.models.autoencoders import first_line, weights_fingerprint
-from shoestring.models.quiet import muted, no_bars
+from shoestring.models.autoencoders import weights_fingerprint
+from shoestring.models.sdxl_text import (
+    SdxlTextPair,
+    SdxlTokenizerPair,
+    check_padding,
+    check_tokens,
+    second_of,
+)
+from shoestring.models.text_files import TextFiles, token_counts, tokenizer_hash
 
 HASHING = "hashing"
+HASHINGS: dict[str, dict[str, int]] = {HASHING: {}, "hashing-context": {"width": 128, "context": 5}}
+"""Arguments of the text encoders without weights, by their names."""
+
 PADS = ("none", "encoder", "masked")
 BATCH = 64  # captions encoded at once
 
@@ -45,14 +56,10 @@ _TOKEN = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
     r"|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+|[^\w\s]"
 )
-_SUFFICIENT = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "sentencepiece.bpe.model",
-)
+
+
+Integers = NDArray[np.int64]
+Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -69,23 +76,28 @@ class HashingTextEncoder(ModelMixin, ConfigMixin):
 
     Components of a vector have mean 0 and variance 1 (a sum of four hashed bytes: integers, so that every
     machine and version gets the same bits). Sinusoidal positions of a quarter of that size tell word order.
+
+    With `context` C a token tells of its neighbours too, for networks that do not mix tokens themselves: it
+    is the word's vector plus, for each of the C words before and after it, `CONTEXT_WEIGHT` times a vector of
+    that word at that distance, scaled back to variance 1.
     """
 
     POSITION_WEIGHT = 0.25
+    CONTEXT_WEIGHT = 0.7
 
     @register_to_config
-    def __init__(self, width: int = 64, max_tokens: int = 64, positions: bool = True) -> None:
+    def __init__(
+        self, width: int = 64, max_tokens: int = 64, positions: bool = True, context: int = 0
+    ) -> None:
         super().__init__()
-        if width < 2 or width % 2 or max_tokens < 1:
+        if width < 2 or width % 2 or max_tokens < 1 or context < 0:
             raise RecipeError(
-                f"hashing text encoder: width {width}, max_tokens {max_tokens} are not possible. "
-                "Use an even width and at least one token."
+                f"hashing text encoder: width {width}, max_tokens {max_tokens}, context {context} are not "
+                "possible. Use an even width, at least one token and 0 neighbours or more."
             )
         place = sinusoids(max_tokens, width) * (self.POSITION_WEIGHT if positions else 0.0)
         self.register_buffer("places", place)  # (max_tokens, width)
-        self._ids: dict[str, int] = {}
-        self._vectors = np.empty((0, width), dtype=np.float32)
-        self._known = 0
+        self._tables = {shift: _Vectors(width, shift) for shift in range(-context, context + 1)}
 
     @property
     def width(self) -> int:
@@ -103,29 +115,54 @@ class HashingTextEncoder(ModelMixin, ConfigMixin):
         words = [split_words(caption) for caption in captions]
         kept = [each[: self.max_tokens] for each in words]
         lengths = [len(each) for each in kept]
-        ids = np.fromiter((self._id(word) for each in kept for word in each), np.int64, sum(lengths))
+        flat = [word for each in kept for word in each]
         starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-        place = torch.from_numpy(np.arange(len(ids)) - starts)
-        tokens = torch.from_numpy(self._table()[ids]).to(places) + places[place]
+        place = np.arange(len(flat)) - starts
+        vectors = self._with_context(flat, place, np.repeat(lengths, lengths))
+        tokens = torch.from_numpy(vectors).to(places) + places[torch.from_numpy(place)]
         parts = list(tokens.split(lengths))
         zero = places.new_zeros(1, self.width)
         return [part if len(part) else zero for part in parts], [
             len(each) - length for each, length in zip(words, lengths, strict=True)
         ]
 
-    def _id(self, word: str) -> int:
-        return self._ids.setdefault(word, len(self._ids))
+    def _with_context(self, words: Sequence[str], place: Integers, lengths: Integers) -> Vectors:
+        """The vectors (N, width) of words, each at a `place` of a caption of so many words."""
+        context = int(self.config["context"])
+        whole = self._tables[0].of(words)
+        if not context:
+            return whole
+        whole = whole.copy()
+        for shift in range(-context, context + 1):
+            rows = np.flatnonzero((place + shift >= 0) & (place + shift < lengths))
+            if shift and len(rows):
+                neighbours = [words[row + shift] for row in rows.tolist()]
+                whole[rows] += np.float32(self.CONTEXT_WEIGHT) * self._tables[shift].of(neighbours)
+        return whole / np.float32(math.sqrt(1 + 2 * context * self.CONTEXT_WEIGHT**2))
 
-    def _table(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Vectors of all words met so far, (words, width); grown by doubling."""
-        if len(self._ids) > len(self._vectors):
-            grown = np.empty((2 * len(self._ids), self.width), dtype=np.float32)
-            grown[: self._known] = self._vectors[: self._known]
-            self._vectors = grown
-        for word, index in list(self._ids.items())[self._known :]:
-            self._vectors[index] = word_vector(word, self.width)
-        self._known = len(self._ids)
-        return self._vectors
+
+class _Vectors:
+    """The vectors of words at a distance from the token that tells of them; made when first asked for."""
+
+    def __init__(self, width: int, shift: int) -> None:
+        self.width, self.shift = width, shift
+        self._ids: dict[str, int] = {}
+        self._rows = np.empty((0, width), dtype=np.float32)
+        self._known = 0
+
+    def of(self, words: Sequence[str]) -> Vectors:
+        """Vectors (N, width) of N words."""
+        ids = self._ids
+        numbers = np.fromiter((ids.setdefault(word, len(ids)) for word in words), np.int64, len(words))
+        if len(ids) > len(self._rows):  # grown by doubling
+            grown = np.empty((2 * len(ids), self.width), dtype=np.float32)
+            grown[: self._known] = self._rows[: self._known]
+            self._rows = grown
+        for word, index in list(ids.items())[self._known :]:
+            self._rows[index] = word_vector(f"{self.shift:+d} {word}" if self.shift else word, self.width)
+        self._known = len(ids)
+        vectors: Vectors = self._rows[numbers]
+        return vectors
 
 
 def split_words(caption: str) -> list[str]:
@@ -164,6 +201,9 @@ class TextEncoder:
             raise RecipeError(f"pad {pad!r}: unknown. Use one of {', '.join(PADS)}.")
         if pad != "none" and tokenizer is None:
             raise RecipeError(f"pad {pad!r}: the hashing text encoder does not pad. Use pad 'none'.")
+        if isinstance(model, SdxlTextPair):
+            check_padding(pad)
+            check_tokens(max_tokens, min(model.max_tokens, tokenizer.max_tokens))
         limit = _token_limit(model, tokenizer)
         if max_tokens is not None and not 1 <= max_tokens <= (limit or max_tokens):
             raise RecipeError(f"max_tokens {max_tokens}: this text encoder takes 1 to {limit or 'any'}.")
@@ -180,8 +220,8 @@ class TextEncoder:
     @property
     def width(self) -> int:
         """Components of a token."""
-        if self.tokenizer is None:
-            return int(self.model.width)  # type: ignore[arg-type]
+        if isinstance(self.model, HashingTextEncoder | SdxlTextPair):
+            return self.model.width
         config: Any = self.model.config
         return int(getattr(config, "hidden_size", None) or config.d_model)
 
@@ -200,7 +240,7 @@ class TextEncoder:
             "width": self.width,
             "max_tokens": self.max_tokens,
             "pad": self.pad,
-            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "tokenizer": self._tokenizer_hash(),
             "weights": weights_fingerprint(self.model),
         }
 
@@ -208,10 +248,9 @@ class TextEncoder:
         """Tokens of each caption before any is cut, by the tokenizer alone."""
         if self.tokenizer is None:
             return [len(split_words(caption)) for caption in captions]
-        if not captions:
-            return []
-        with muted("transformers.tokenization_utils_base"):  # long captions are counted, and told once
-            return [len(ids) for ids in self.tokenizer(list(captions))["input_ids"]]
+        if isinstance(self.tokenizer, SdxlTokenizerPair):
+            return self.tokenizer.lengths(captions)
+        return token_counts(self.tokenizer, captions)
 
     def warnings(self, captions: Sequence[str]) -> list[str]:
         """A line for each caption that is longer than the encoder takes, for prompts."""
@@ -244,7 +283,16 @@ class TextEncoder:
                     pooled[i] = vectors[place]
         return EncodedText(tokens, torch.stack(pooled) if has_pooled else None, cut)
 
+    def _tokenizer_hash(self) -> str | None:
+        if isinstance(self.tokenizer, SdxlTokenizerPair):
+            return self.tokenizer.hash()
+        return None if self.tokenizer is None else tokenizer_hash(self.tokenizer)
+
     def _encode_batch(self, captions: list[str]) -> tuple[list[Tensor], Tensor | None]:
+        if isinstance(self.tokenizer, SdxlTokenizerPair):
+            ids, ids_2 = self.tokenizer.ids(captions, self.max_tokens)
+            both, vectors = self.model(ids.to(self.device), ids_2.to(self.device))
+            return list(both.float().cpu()), vectors.float().cpu()
         is_siglip = _is_siglip(self.model)
         inputs = self.tokenizer(
             captions,
@@ -282,146 +330,57 @@ def collate(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return text, mask.to(text.device)
 
 
+def null_caption(text: TextEncoder) -> EncodedText:
+    """The empty caption as this encoder gives it: `tokens[0]` (L0, C), `pooled` (1, P) where it has one.
+
+    What a dropped caption becomes for models that are guided against the empty prompt (SD 1.x and 2.x).
+    SDXL's pipelines are guided against zeros of the same shapes where no negative prompt is given
+    (`force_zeros_for_empty_prompt`).
+    """
+    return text.encode([""])
+
+
 def load_text_encoder(
     path_or_id: str, *, max_tokens: int | None = None, pad: str = "none", revision: str | None = None
 ) -> TextEncoder:
-    """`hashing`, or the text model in a local folder or hub repository, in float32.
+    """`hashing` or `hashing-context`, or the text model in a local folder or hub repository, in float32.
 
-    A pipeline's folder (`text_encoder/` and `tokenizer/`) works as well. Reads safetensors only and runs no
-    code from the repository. Raises `RecipeError` where there is no text model.
+    A pipeline's folder (`text_encoder/` and `tokenizer/`) works as well; one of SDXL's kind gives the pair,
+    for `pad` "encoder" only. Reads safetensors only and runs no code from the repository. Raises
+    `RecipeError` where there is no text model.
     """
-    if path_or_id == HASHING:
-        model = HashingTextEncoder(**({} if max_tokens is None else {"max_tokens": max_tokens})).eval()
-        return TextEncoder(model, None, pad=pad, name=HASHING)
+    if path_or_id in HASHINGS:
+        limit = {} if max_tokens is None else {"max_tokens": max_tokens}
+        return TextEncoder(
+            HashingTextEncoder(**HASHINGS[path_or_id], **limit).eval(), None, pad=pad, name=path_or_id
+        )
     for folder in (Path(path_or_id), Path(path_or_id) / "text_encoder"):
         if _class_name(folder) == HashingTextEncoder.__name__:
             model = HashingTextEncoder.from_pretrained(folder, low_cpu_mem_usage=False).eval()
             return TextEncoder(model, None, pad=pad, max_tokens=max_tokens, name=path_or_id)
-    text_model, tokenizer = _load_transformers(path_or_id, revision)
+    text_model, tokenizer = _load_transformers(path_or_id, pad, revision)
     return TextEncoder(
         text_model, tokenizer, pad=pad, max_tokens=max_tokens, name=path_or_id, revision=revision
     )
 
 
-def _load_transformers(path_or_id: str, revision: str | None) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) at a place; `text_encoder/` and `tokenizer/` are tried when the top holds none."""
-    from transformers import AutoConfig
-
-    problem: Exception | None = None
-    for model_folder, tokenizer_folder in (("", ""), ("text_encoder", "tokenizer")):
-        try:
-            config = AutoConfig.from_pretrained(
-                path_or_id, subfolder=model_folder, revision=revision, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError) as error:
-            problem = problem or error
-            continue
-        model = _load_model(path_or_id, config, model_folder, revision)
-        return model, _load_tokenizer(path_or_id, tokenizer_folder, revision)
-    raise RecipeError(
-        f"text encoder {path_or_id}: no text model there "
-        f"({first_line(problem) if problem else 'no config.json'}). Give a folder with config.json, "
-        "model.safetensors and a tokenizer, a pipeline's folder with "
-        f"text_encoder/ and tokenizer/, a hub id such as openai/clip-vit-large-patch14, or {HASHING}."
-    )
-
-
-def _load_model(path_or_id: str, config: Any, subfolder: str, revision: str | None) -> nn.Module:
-    try:
-        with no_bars(), muted("transformers.modeling_utils"):  # the image half is left unread
-            model, info = _model_class(config).from_pretrained(
-                path_or_id,
-                subfolder=subfolder,
-                # Without a revision named, transformers passes over safetensors that the hub's own converter
-                # offers beside a repository of .bin files.
-                revision=revision or "main",
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(
-            f"text encoder {path_or_id}: cannot be loaded ({first_line(error)}). "
-            "It needs model.safetensors beside its config.json."
-        ) from error
-    if info["missing_keys"]:
-        raise RecipeError(
-            f"text encoder {path_or_id}: its file lacks {len(info['missing_keys'])} weights of "
-            f"{type(model).__name__} (such as {sorted(info['missing_keys'])[0]}). Give a complete text model."
-        )
-    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        model = model.get_encoder()
-    model.requires_grad_(False)
-    return model.eval()
-
-
-def _model_class(config: Any) -> Any:
-    """The text half of a two-part model, the encoder of T5's kin, else what transformers would pick."""
-    import transformers
-
-    if "CLIPTextModelWithProjection" in (config.architectures or ()):
-        return transformers.CLIPTextModelWithProjection
-    names = {
-        "clip": "CLIPTextModel",
-        "clip_text_model": "CLIPTextModel",
-        "siglip": "SiglipTextModel",
-        "siglip_text_model": "SiglipTextModel",
-        "siglip2": "Siglip2TextModel",
-        "siglip2_text_model": "Siglip2TextModel",
-        "t5": "T5EncoderModel",
-        "mt5": "MT5EncoderModel",
-        "umt5": "UMT5EncoderModel",
-    }
-    return getattr(transformers, names.get(config.model_type, "AutoModel"))
-
-
-def _load_tokenizer(path_or_id: str, subfolder: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = Path(path_or_id) / subfolder
-    # Where no vocabulary lies beside the model, transformers makes up an empty tokenizer without a word.
-    found = not folder.is_dir() or any((folder / name).is_file() for name in _SUFFICIENT)
-    try:
-        if not found:
-            raise OSError(f"none of {', '.join(_SUFFICIENT)} is in {folder}")
-        with muted("transformers.tokenization_utils_tokenizers"):  # what it lacks is told below
-            tokenizer = AutoTokenizer.from_pretrained(
-                path_or_id, subfolder=subfolder, revision=revision, trust_remote_code=False
-            )
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise RecipeError(f"text encoder {path_or_id}: {_why_no_tokenizer(error)}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _why_no_tokenizer(error: Exception) -> str:
-    """What to do about a tokenizer that does not load.
-
-    T5's is often a sentencepiece file alone. Without the two packages that read one, transformers takes it
-    for a file of tiktoken's and asks for that.
-    """
-    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-    missing = [name for name, module in packages.items() if not _importable(module)]
-    if missing and re.search("tiktoken|sentencepiece|protobuf", str(error), re.IGNORECASE):
-        return f"reading its tokenizer needs {' and '.join(missing)}: pip install {' '.join(missing)}"
-    return (
-        f"its tokenizer cannot be loaded ({first_line(error)}). Copy the tokenizer's files beside the model."
-    )
-
-
-def _importable(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent is not there; blocked
-        return False
+def _load_transformers(path_or_id: str, pad: str, revision: str | None) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) at a place: one text model, or SDXL's two."""
+    first = TextFiles.find(path_or_id, revision)
+    second = second_of(first)
+    if second is None:
+        return first.model(), first.tokenizer()
+    check_padding(pad)  # before gigabytes are read
+    tokenizers = SdxlTokenizerPair(first.tokenizer(), second.tokenizer())
+    return SdxlTextPair(first.model(), second.model()).eval(), tokenizers
 
 
 def _token_limit(model: nn.Module, tokenizer: Any) -> int | None:
     """Most tokens the encoder takes: of the hashing encoder, the tokenizer, or the position table."""
-    if tokenizer is None:
-        return int(model.max_tokens)  # type: ignore[arg-type]
+    if isinstance(model, HashingTextEncoder):
+        return model.max_tokens
+    if isinstance(model, SdxlTextPair):
+        return min(model.max_tokens, int(tokenizer.max_tokens))
     config: Any = model.config
     limits = (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
     return min((int(each) for each in limits if each and each < 10**6), default=None)
@@ -442,16 +401,3 @@ def _class_name(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return config.get("_class_name") if isinstance(config, dict) else None
-
-
-def _tokenizer_hash(tokenizer: Any) -> str | None:
-    """A hash of what decides the token ids (not of padding, which calls leave in the tokenizer)."""
-    if tokenizer is None:
-        return None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        state = sorted(tokenizer.get_vocab().items())
-    else:
-        state = json.loads(backend.to_str())
-        state.update(padding=None, truncation=None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from pathlib import Path
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from shoestring.models.quiet import no_bars
+from shoestring.pipelines.defaults import write_sampling
 from shoestring.storage import atomic_path
 
 INDEX = "model_index.json"
@@ -25,6 +26,7 @@ def export(pipeline: DiffusionPipeline, folder: Path, changing: Sequence[str] = 
         if not (folder / INDEX).is_file():
             with atomic_path(folder) as aside:
                 pipeline.save_pretrained(aside)
+                write_sampling(pipeline, aside)
         elif len(changing) == 1:
             with atomic_path(folder / changing[0]) as aside:
                 getattr(pipeline, changing[0]).save_pretrained(aside)

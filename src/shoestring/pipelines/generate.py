@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -14,11 +13,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from shoestring.models.quiet import muted
+from shoestring.pipelines.defaults import argument_names, sampling_of, scheduler_of
 from shoestring.pipelines.prompts import logger
 from shoestring.sampling.grid import grid
 from shoestring.storage import atomic_path
 
 CRISP_SIDE = 128
+_TOKENIZERS = "transformers.tokenization_utils_base"
+"""Which logs when a prompt is longer than the model takes."""
 
 
 @dataclass(frozen=True)
@@ -50,40 +52,22 @@ def generate(
     """One picture for each (prompt, seed), in order.
 
     Each is drawn with a generator of its own, so the noise of a picture does not depend on its neighbours.
-    Prompts that are cut are not told here, since previews would tell it each time: see `warn_cut_prompts`.
+    `steps` and `guidance` not given are the pipeline's own. Prompts that are cut are not told here, since
+    previews would tell it each time: see `warn_cut_prompts`.
     """
-    steps = pipeline.config.default_steps if steps is None else steps
-    guidance = pipeline.config.default_guidance if guidance is None else guidance
-    scheduler = type(_sampler(pipeline)).__name__
+    own = sampling_of(pipeline)
+    steps = own.steps if steps is None else steps
+    guidance = own.guidance if guidance is None else guidance
+    how = dict(zip(argument_names(pipeline), (steps, guidance), strict=True))
+    scheduler = type(scheduler_of(pipeline)).__name__
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-        with muted(logger.name):
-            images = pipeline(
-                list(prompts[part]),
-                generator=generators,
-                **_how(pipeline, steps, guidance),
-            ).images
+        with muted(logger.name), muted(type(pipeline).__module__, about="truncated"), muted(_TOKENIZERS):
+            images = pipeline(list(prompts[part]), generator=generators, **how).images
         for image, prompt, seed in zip(images, prompts[part], seeds[part], strict=True):
             yield Picture(image, prompt, seed, steps, guidance, scheduler)
-
-
-def _how(pipeline: DiffusionPipeline, steps: int, guidance: float) -> dict[str, Any]:
-    """Steps and guidance as a call's arguments; a cascade's are those of its first stage."""
-    names = ("num_inference_steps", "guidance_scale")
-    if _is_cascade(pipeline):
-        names = ("prior_num_inference_steps", "prior_guidance_scale")
-    return dict(zip(names, (steps, guidance), strict=True))
-
-
-def _sampler(pipeline: DiffusionPipeline) -> Any:
-    return pipeline.prior_scheduler if _is_cascade(pipeline) else pipeline.scheduler
-
-
-def _is_cascade(pipeline: DiffusionPipeline) -> bool:
-    """Whether a first stage makes what a second one decodes."""
-    return "prior_scheduler" in pipeline.components
 
 
 def save_png(picture: Picture, path: Path) -> None:
@@ -104,4 +88,26 @@ def save_grid(images: Sequence[Image.Image], path: Path, columns: int | None = N
 
 def warn_cut_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
     """A line for each prompt that is longer than the text encoder takes."""
-    return [f"warning: {line}" for line in pipeline.cut_prompts(prompts)]
+    if hasattr(pipeline, "cut_prompts"):
+        lines = pipeline.cut_prompts(prompts)
+    else:
+        lines = _cut_by_tokenizers(pipeline, prompts)
+    return [f"warning: {line}" for line in lines]
+
+
+def _cut_by_tokenizers(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> list[str]:
+    """Of a stock pipeline: what none of its text encoders sees, since the one that takes most stops there."""
+    tokenizers = [
+        part for name, part in pipeline.components.items() if name.startswith("tokenizer") and callable(part)
+    ]
+    lines = []
+    for prompt in prompts if tokenizers else ():
+        with muted(_TOKENIZERS):
+            cut = [len(each(prompt)["input_ids"]) - each.model_max_length for each in tokenizers]
+        place = min(range(len(cut)), key=cut.__getitem__)
+        if cut[place] > 0:
+            lines.append(
+                f"prompt too long for the text encoder: the last {cut[place]} of its tokens are ignored "
+                f"(it takes {tokenizers[place].model_max_length}): {prompt}"
+            )
+    return lines

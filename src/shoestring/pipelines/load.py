@@ -14,7 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from shoestring.data.store import split_revision
 from shoestring.errors import CheckpointError, RecipeError
 from shoestring.models.quiet import muted, no_bars
+from shoestring.pipelines.defaults import IMPORTS, SAMPLING, attach_sampling, read_sampling
 from shoestring.pipelines.microdit import MicroDiTPipeline
+from shoestring.pipelines.unet import UNetPipeline
 from shoestring.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
 from shoestring.pipelines.wuerstchen_published import (
     PIPELINES,
@@ -28,7 +30,7 @@ from shoestring.pipelines.wuerstchen_published import (
 from shoestring.storage import RunFolder, read_json
 
 _INDEX = "model_index.json"
-_OURS = {"MicroDiTPipeline": MicroDiTPipeline, **PIPELINES}
+_OURS = {"MicroDiTPipeline": MicroDiTPipeline, "UNetPipeline": UNetPipeline, **PIPELINES}
 _BESIDE = "beside"
 
 
@@ -38,7 +40,8 @@ def load(
     """The pipeline in a run folder (its newest export), a pipeline folder, or a hub repository.
 
     Keyword arguments go to diffusers' `from_pretrained` (`dtype`, `quantization_config`, `revision`,
-    ...). Reads safetensors only. Raises `CheckpointError` where there is no pipeline.
+    ...). Reads safetensors only. Raises `CheckpointError` where there is no pipeline. A stock pipeline of
+    diffusers draws with the steps and guidance of the `sampling.json` beside it, where there is one.
 
     Published Würstchen repositories take `dtype`, `revision`, `variant`, and parts to use instead of their
     own (`decoder=...`, `prior_text_encoder=...`). Stage B and A (warp-ai/wuerstchen) are joined with Stage C,
@@ -64,7 +67,23 @@ def _load_one(name: str, index: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """The pipeline of one folder or repository, as its index says."""
     if is_published(index):
         return load_published(name, index, **kwargs)
-    return _load(name, str(index["_class_name"]), **kwargs)
+    kind = str(index["_class_name"])
+    numbers = None if kind in _OURS else _sampling_file(name, kwargs.get("revision"))
+    sampling = None if numbers is None else read_sampling(numbers)  # before gigabytes are read
+    pipeline = _load(name, kind, **kwargs)
+    if sampling is not None:
+        attach_sampling(pipeline, sampling)
+    return pipeline
+
+
+def _sampling_file(name: str, revision: str | None) -> Path | None:
+    """The `sampling.json` beside a pipeline, if any."""
+    if (folder := Path(name)).is_dir():
+        return folder / SAMPLING if (folder / SAMPLING).is_file() else None
+    try:
+        return Path(hf_hub_download(name, SAMPLING, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        return None
 
 
 def _load_joined(
@@ -101,7 +120,7 @@ def _load(name: str, kind: str, **kwargs: Any) -> DiffusionPipeline:
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # else diffusers warns at each part
     try:
         # diffusers writes into the tiny autoencoder's configuration what it then warns of when reading it.
-        with no_bars(), muted("diffusers.configuration_utils", about="AutoencoderTiny"):
+        with no_bars(), muted("diffusers.configuration_utils", about="AutoencoderTiny"), muted(*IMPORTS):
             return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
     except CheckpointError:  # our pipelines', of stages that do not fit together
         raise

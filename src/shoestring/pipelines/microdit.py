@@ -15,12 +15,9 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from shoestring.models.autoencoders import (
-    LatentScaling,
-    as_scaling,
     decode_latents,
     latent_channels,
     latent_side,
@@ -30,6 +27,7 @@ from shoestring.models.autoencoders import (
 from shoestring.models.microdit import MicroDiT, ProjectedText
 from shoestring.models.text_encoders import TextEncoder
 from shoestring.objectives.flow import TIMESTEPS, velocity_from_x0
+from shoestring.pipelines.calls import as_decoded, check_call, first_noise
 from shoestring.pipelines.prompts import Text, encode_prompts, repeat, stack_text
 from shoestring.pipelines.shim import write_shim
 from shoestring.sampling.edm_heun import EDMHeunScheduler
@@ -195,23 +193,11 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raise `ValueError` for inputs that cannot be sampled."""
-        multiple = self.size_multiple
-        if height % multiple or width % multiple or min(height, width) < multiple:
-            nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            raise ValueError(
-                f"height x width {height} x {width}: both must be multiples of {multiple}; "
-                f"nearest: {nearest[0]} x {nearest[1]}."
-            )
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps {num_inference_steps}: must be at least 1.")
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("Give either prompt or prompt_embeds.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs {sorted(unknown)}: not among "
-                f"{self._callback_tensor_inputs}."
-            )
+        known = self._callback_tensor_inputs
+        names = callback_on_step_end_tensor_inputs
+        check_call(
+            prompt, prompt_embeds, height, width, self.size_multiple, num_inference_steps, names, known
+        )
 
     @torch.no_grad()
     def __call__(
@@ -292,7 +278,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         images = latents
         if output_type != "latent":
-            decoded = decode_latents(self.vae, self._as_decoded(latents))
+            decoded = decode_latents(self.vae, as_decoded(self.config, self.vae, latents))
             images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -309,19 +295,7 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """Standard normal noise (count, C, h, w) in float32, drawn with `generator` unless given."""
         sides = (latent_side(self.vae, side) for side in (height, width))
         shape = (count, latent_channels(self.vae), *sides)
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)}: must be {shape}.")
-        return latents.to(device, torch.float32)
-
-    def _as_decoded(self, latents: Tensor) -> Tensor:
-        """Latents scaled as the autoencoder wants them, from as the network was trained on them."""
-        mean, std = self.config.latents_mean, self.config.latents_std
-        if mean is None or std is None:
-            return latents
-        scaling = LatentScaling(tuple(mean), tuple(1 / each for each in std))
-        return as_scaling(self.vae).apply(scaling.undo(latents))
+        return first_noise(shape, device, generator, latents)
 
     def _prompt_inputs(self, text: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What depends on the prompt alone, as arguments of the network.

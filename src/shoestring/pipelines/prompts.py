@@ -18,10 +18,16 @@ logger = logging.getLogger(__name__)
 
 def encode_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> Text:
     """Prompts as text on the CPU, with no mask where the encoder pads; tells of those that are cut."""
+    return encode_pooled(encoder, prompts)[0]
+
+
+def encode_pooled(encoder: TextEncoder, prompts: Sequence[str]) -> tuple[Text, Tensor | None]:
+    """The same, and the pooled text (B, P) where the encoder gives one."""
     for line in encoder.warnings(list(dict.fromkeys(prompts))):
         logger.warning(line)
-    states, mask = collate(encoder.encode(prompts).tokens)
-    return states, None if encoder.padded else mask
+    encoded = encoder.encode(prompts)
+    states, mask = collate(encoded.tokens)
+    return (states, None if encoder.padded else mask), encoded.pooled
 
 
 def repeat_text(text: Text, count: int, device: torch.device) -> Text:

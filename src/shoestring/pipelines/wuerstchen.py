@@ -32,10 +32,11 @@ from shoestring.models.semantic_compressor import SemanticCompressor
 from shoestring.models.wuerstchen_decoder import WuerstchenDiffNeXt
 from shoestring.models.wuerstchen_prior import WuerstchenPrior
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
+from shoestring.pipelines.calls import Callback, Generators
 from shoestring.pipelines.shim import write_shim
 from shoestring.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
 from shoestring.pipelines.wuerstchen_prior import PUBLISHED_CELL, WuerstchenPriorPipeline
-from shoestring.pipelines.wuerstchen_sampling import Callback, Generators, Times, fetch
+from shoestring.pipelines.wuerstchen_sampling import Times, fetch
 from shoestring.pipelines.wuerstchen_sizes import fit_size, nearest_side, whole_multiple
 
 DEFAULT_SIDE = 512

@@ -23,16 +23,10 @@ from shoestring.models.semantic_compressor import SemanticCompressor
 from shoestring.models.wuerstchen_autoencoder import vq_factor
 from shoestring.models.wuerstchen_decoder import WuerstchenDiffNeXt
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
+from shoestring.pipelines.calls import Callback, Generators, first_noise
 from shoestring.pipelines.prompts import repeat
 from shoestring.pipelines.shim import write_shim
-from shoestring.pipelines.wuerstchen_sampling import (
-    Callback,
-    DenoisingStage,
-    Generators,
-    Times,
-    fetch,
-    first_noise,
-)
+from shoestring.pipelines.wuerstchen_sampling import DenoisingStage, Times, fetch
 from shoestring.pipelines.wuerstchen_sizes import fit_size, scaled_cells
 
 PUBLISHED_SCALE = 10.67

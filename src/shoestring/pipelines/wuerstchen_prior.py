@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from shoestring.models.latent_previewer import LatentPreviewer
 from shoestring.models.wuerstchen_prior import WuerstchenPrior
 from shoestring.objectives.cosine import default_timesteps, published_timesteps
+from shoestring.pipelines.calls import Callback, Generators, first_noise
 from shoestring.pipelines.shim import write_shim
-from shoestring.pipelines.wuerstchen_sampling import Callback, DenoisingStage, Generators, Times, first_noise
+from shoestring.pipelines.wuerstchen_sampling import DenoisingStage, Times
 from shoestring.pipelines.wuerstchen_sizes import cells, fit_size, nearest_side, whole_multiple
 
 DEFAULT_STAGE_C_TIMESTEPS = default_timesteps()

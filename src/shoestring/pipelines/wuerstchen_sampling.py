@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from shoestring.models.text_encoders import TextEncoder
 from shoestring.objectives.cosine import default_timesteps, published_timesteps
+from shoestring.pipelines.calls import Callback, Generators
 from shoestring.pipelines.prompts import Text, encode_prompts, repeat_text, stack_text
 
 TIMES: dict[str, Callable[[], list[float]]] = {
@@ -24,9 +24,7 @@ TIMES: dict[str, Callable[[], list[float]]] = {
 }
 """Named lists of Stage C's times: diffusers' default (29 steps) and the authors' (30)."""
 
-Generators = torch.Generator | list[torch.Generator] | None
 Times = str | Sequence[float] | Tensor | None
-Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class DenoisingStage:
@@ -222,19 +220,6 @@ def fetch(network: nn.Module) -> None:
     hook = getattr(network, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(network)
-
-
-def first_noise(
-    shape: tuple[int, ...], device: torch.device, generator: Generators, latents: Tensor | None
-) -> Tensor:
-    """Standard normal noise in float32, drawn with `generator` unless given as `latents`."""
-    if isinstance(generator, list) and len(generator) not in (1, shape[0]):
-        raise ValueError(f"{len(generator)} generators for {shape[0]} pictures: give one, or one for each.")
-    if latents is None:
-        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"latents of shape {tuple(latents.shape)}: must be {shape}.")
-    return latents.to(device, torch.float32)
 
 
 def as_times(times: str | Sequence[float] | Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The networks a recipe may name: their constructors' arguments, but for those that data and phase decide.
 
 `microdit` makes pictures by itself. `wuerstchen_vqgan`, `wuerstchen_decoder` and `wuerstchen_prior` are the
-stages A, B and C of a cascade; defaults are the published sizes.
+stages A, B and C of a cascade; `unet` is a U-Net of SDXL's make and `unet_student` one that is cut from the
+recipe's teacher. Defaults are the published sizes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,22 @@ from shoestring.recipes.fields import (
     Text,
     Whole,
     Width,
+    one_or_list,
 )
 
+UNetPreset = Literal[
+    "koala-1b",
+    "koala-700m",
+    "bk-sdxl",
+    "bk-sdm-base",
+    "bk-sdm-small",
+    "bk-sdm-tiny",
+    "bk-sdm-v2-base",
+    "bk-sdm-v2-small",
+    "bk-sdm-v2-tiny",
+    "ssd-1b",
+    "vega",
+]
 Heads = Annotated[Whole, Field(ge=-1)]
 Depth = Annotated[Layers, Field(ge=1)]
 
@@ -112,6 +127,34 @@ class PriorModel(Section):
     text_std: Positive = 0.02
 
 
+class UNetModel(Section):
+    """A text-conditional U-Net as SDXL's, with its added conditions (pooled text, size and crop)."""
+
+    kind: Literal["unet"] = "unet"
+    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=2, max_length=8)] = (320, 640, 1280)
+    layers_per_block: Annotated[Depth, Field(le=8)] = 2
+    transformer_depth: Annotated[tuple[Layers, ...], Field(min_length=2, max_length=8)] = (0, 2, 10)
+    head_dim: Width = 64
+    norm_groups: Width = 32
+
+
+StageDepth = Annotated[
+    Annotated[Layers, Tag("one")] | Annotated[tuple[Layers, ...], Tag("list")], Discriminator(one_or_list)
+]
+
+
+class StudentModel(Section):
+    """A U-Net cut from the teacher: a published cut by name, or what each key says; null is the teacher's."""
+
+    kind: Literal["unet_student"] = "unet_student"
+    preset: UNetPreset | None = None
+    layers_per_block: Annotated[Depth, Field(le=8)] | None = None
+    depth: Annotated[tuple[StageDepth, ...], Field(min_length=1, max_length=8)] | None = None
+    mid: Literal["keep", "drop", "resnets"] = "keep"
+    depth_map: Literal["bottom", "interleave", "top"] = "bottom"
+    lora_rank: CountOrNone = 0
+
+
 def _kind(value: Any) -> Any:
     """The kind of a `model` section; one that has none is a MicroDiT's."""
     return value.get("kind", "microdit") if isinstance(value, dict) else getattr(value, "kind", "microdit")
@@ -121,6 +164,8 @@ Model = Annotated[
     Annotated[MicroDiTModel, Tag("microdit")]
     | Annotated[VqganModel, Tag("wuerstchen_vqgan")]
     | Annotated[DecoderModel, Tag("wuerstchen_decoder")]
-    | Annotated[PriorModel, Tag("wuerstchen_prior")],
+    | Annotated[PriorModel, Tag("wuerstchen_prior")]
+    | Annotated[UNetModel, Tag("unet")]
+    | Annotated[StudentModel, Tag("unet_student")],
     Discriminator(_kind),
 ]

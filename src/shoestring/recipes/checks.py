@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from shoestring.recipes import stage_checks
+from shoestring.recipes import stage_checks, unet_checks
 from shoestring.recipes.messages import did_you_mean, requirement, shown
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ SCHEDULERS = {
     "flow": ("flow_euler", "flow_heun"),
     "decoder": ("cosine_ddpm",),
     "prior": ("cosine_ddpm",),
+    "noise": ("euler", "ddim", "dpm++"),
+    "distillation": ("euler", "ddim", "dpm++"),
+    "lcm": ("lcm", "tcd"),
 }
 """Samplers by the kind of objective that trains for them; reconstruction needs none."""
 
@@ -27,6 +30,8 @@ OBJECTIVES = {
     "wuerstchen_vqgan": ("reconstruction",),
     "wuerstchen_decoder": ("decoder",),
     "wuerstchen_prior": ("prior",),
+    "unet": ("noise",),
+    "unet_student": ("distillation", "lcm"),
 }
 """Objectives by the kind of model that they train."""
 
@@ -45,8 +50,12 @@ def problems(recipe: Recipe) -> Problems:
     if recipe.model.kind == "microdit":
         yield from _model_problems(recipe.model)
         yield from _mask_problems(recipe, recipe.model)
+    elif recipe.model.kind in {"unet", "unet_student"}:
+        yield from unet_checks.problems(recipe)
     else:
         yield from stage_checks.problems(recipe)
+    if recipe.teacher is not None and recipe.system != "koala":
+        yield "teacher", "is for students of a U-Net (system koala). Leave it out."
     yield from _objective_problems(recipe)
     yield from _sampling_problems(recipe)
     yield from _phase_problems(recipe)

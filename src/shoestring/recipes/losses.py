@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shoestring.recipes.fields import (
+    Count,
     Images,
     NotNegative,
     Number,
@@ -16,6 +17,8 @@ from shoestring.recipes.fields import (
     Text,
     Width,
 )
+
+Tap = Literal["self_attention", "cross_attention", "feed_forward", "resnet", "block", "outer_blocks"]
 
 
 class EdmObjective(Section):
@@ -74,7 +77,59 @@ class PriorObjective(_Cosine):
     drop: Literal["sample", "batch"] = "sample"
 
 
+class _Noise(Section):
+    """What the objectives on a U-Net's noise schedule share: the loss's weight and the null caption."""
+
+    weight: Literal["none", "min_snr", "x0", "edm"] = "none"
+    weight_cap: Positive | None = None
+    sigma_data: Positive = 1.0
+    null_caption: Literal["zeros", "empty"] = "zeros"
+
+
+class NoiseObjective(_Noise):
+    """A U-Net by itself, on SDXL's noise schedule."""
+
+    kind: Literal["noise"] = "noise"
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+
+
+class DistillationObjective(_Noise):
+    """A student of the recipe's teacher: its task, the teacher's output, the teacher's features."""
+
+    kind: Literal["distillation"] = "distillation"
+    task_weight: NotNegative = 1.0
+    output_weight: NotNegative = 1.0
+    feature_weight: NotNegative = 1.0
+    taps: tuple[Tap, ...] = ("self_attention", "outer_blocks")
+    feature_scale: Literal["none", "teacher_power", "per_layer_mean"] = "none"
+    timesteps: Literal["uniform", "teacher_grid", "mixed"] = "uniform"
+    teacher_steps: Annotated[Count, Field(le=1000)] = 4
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+
+
+class LcmObjective(Section):
+    """Latent consistency: a student that needs few steps, of the recipe's teacher."""
+
+    kind: Literal["lcm"] = "lcm"
+    null_caption: Literal["zeros", "empty"] = "zeros"
+    solver_steps: Annotated[Count, Field(le=1000)] = 50
+    guidance: tuple[NotNegative, NotNegative] = (3.0, 15.0)
+    embed_guidance: bool = True
+    loss: Literal["huber", "l2"] = "huber"
+    huber_c: Positive = 0.001
+    target_decay: Share = 0.95
+    phases: Annotated[Count, Field(le=1000)] = 1
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+
+
 Objective = Annotated[
-    EdmObjective | FlowObjective | ReconstructionObjective | DecoderObjective | PriorObjective,
+    EdmObjective
+    | FlowObjective
+    | ReconstructionObjective
+    | DecoderObjective
+    | PriorObjective
+    | NoiseObjective
+    | DistillationObjective
+    | LcmObjective,
     Field(discriminator="kind"),
 ]

@@ -50,6 +50,7 @@ class Scenes(Section):
     images: SomeImages
     seed: CountOrNone = 0
     held_out: SomeImages = 1024
+    objects: Annotated[Whole, Field(ge=1, le=3)] = 3
 
 
 class Data(Section):
@@ -83,11 +84,12 @@ class AdamW(Section):
 
 
 class Muon(Section):
-    """Muon for hidden matrices at `lr_ratio` times the phase's rate; AdamW for the rest."""
+    """Muon for hidden matrices (and `kernels`) at `lr_ratio` times the phase's rate; AdamW for the rest."""
 
     kind: Literal["muon"] = "muon"
     lr_ratio: Positive = 10.0
     momentum: Share = 0.95
+    kernels: bool = False
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
@@ -245,9 +247,10 @@ class Recipe(Section):
     """A whole recipe, resolved: no `base`, every key with its value."""
 
     name: Name
-    system: Literal["microdit", "wuerstchen"] = "microdit"
+    system: Literal["microdit", "wuerstchen", "koala"] = "microdit"
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     init: Text | None = None
+    teacher: Text | None = None
     data: Data
     model: Model = MicroDiTModel()
     objective: Objective
@@ -297,7 +300,7 @@ class Recipe(Section):
 
 
 FREE_KEYS = (
-    *("data.store", "model.vqgan"),
+    *("data.store", "model.vqgan", "teacher"),
     *("parallel.*", "phases.*.microbatch", "train.microbatch", "train.activation_checkpointing"),
     *("train.threads", "train.compile", "train.spike", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep", "train.keep_every", "train.async_checkpoints"),
@@ -305,7 +308,7 @@ FREE_KEYS = (
 )
 """Keys (patterns) that may change when a run resumes: where it computes, what it keeps and tells.
 
-A store or a Stage A may have moved: checkpoints know what was in it, so another one is refused all the same.
+A store, a Stage A or a teacher may have moved: checkpoints know what was in it, so another one is refused.
 
 All others say what is learned. `sampling` is not here since the run's pipeline has been written with it.
 """

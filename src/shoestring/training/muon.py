@@ -10,12 +10,12 @@ torch's Muon would run the same iteration on every process, or on sharded matric
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from shoestring.processes import World
@@ -27,16 +27,46 @@ EPS = 1e-7
 
 
 class SharedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` on one process; on several, the same update with the iteration shared out."""
+    """`torch.optim.Muon` on one process; on several, the same update with the iteration shared out.
+
+    A convolution's kernel (out, in, h, w) is stepped as the matrix (out, in h w), as Muon's author does; its
+    momentum has that shape. `kernels` pairs such matrices, which share the kernels' memory, with them.
+    """
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, world: World) -> None:
+        self.kernels: list[tuple[nn.Parameter, Tensor]] = []
+        groups = [{**group, "params": [self._matrix(each) for each in group["params"]]} for group in groups]
         super().__init__(groups, lr=1.0, momentum=momentum)
         self.world = world
 
+    def parameters(self) -> Iterator[Tensor]:
+        """Every parameter that is optimised, kernels as they are in the network."""
+        kernels = {id(matrix): kernel for matrix, kernel in self.kernels}
+        for group in self.param_groups:
+            yield from (kernels.get(id(parameter), parameter) for parameter in group["params"])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if self.world.size == 1:
-            return super().step(closure)
+        for matrix, kernel in self.kernels:
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        loss = super().step(closure) if self.world.size == 1 else self._step_shared(closure)
+        for matrix, _ in self.kernels:
+            matrix.grad = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for _, kernel in self.kernels:
+            kernel.grad = None
+
+    def _matrix(self, parameter: Tensor) -> Tensor:
+        if parameter.ndim == 2:
+            return parameter
+        matrix = nn.Parameter(parameter.detach().view(parameter.shape[0], -1))
+        self.kernels.append((matrix, parameter))
+        return matrix
+
+    def _step_shared(self, closure: Callable[[], float] | None) -> float | None:
         loss = None if closure is None else closure()
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]

@@ -14,9 +14,9 @@ from shoestring.errors import RecipeError
 from shoestring.processes import ALONE, World
 from shoestring.training.muon import SharedMuon
 
-MATRIX, EXPERT, BOUNDARY, VECTOR = "matrix", "expert", "boundary", "vector"
-"""Roles: hidden matrices; hidden matrices of experts; matrices where signals enter and leave, and kernels of
-convolutions; the rest."""
+MATRIX, EXPERT, KERNEL, BOUNDARY, VECTOR = "matrix", "expert", "kernel", "boundary", "vector"
+"""Roles: hidden matrices; hidden matrices of experts; kernels of convolutions; matrices and kernels where
+signals enter and leave; the rest."""
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -25,7 +25,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every parameter, by its name.
 
     A Linear layer's weight is a matrix; below a module's `experts` list, an expert's; below a module that
-    some part of the model lists as its `boundary`, it is boundary, as is a convolution's anywhere.
+    some part of the model lists as its `boundary`, it is boundary; a convolution's elsewhere is a kernel.
     Everything else (norms, biases) is a vector.
     """
     boundary = _below(model, "boundary")
@@ -34,8 +34,10 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             role = VECTOR
-            if parameter.ndim >= 2 and (id(module) in boundary or isinstance(module, _CONVOLUTIONS)):
+            if parameter.ndim >= 2 and id(module) in boundary:
                 role = BOUNDARY
+            elif parameter.ndim > 2 and isinstance(module, _CONVOLUTIONS):
+                role = KERNEL
             elif parameter.ndim == 2 and isinstance(module, nn.Linear):
                 role = EXPERT if id(module) in experts else MATRIX
             roles[f"{prefix}.{name}" if prefix else name] = role
@@ -63,6 +65,7 @@ class OptimizerSettings:
     momentum: float = 0.95
     lr_ratio: float = 10.0
     expert_lr_ratio: float = 1.0
+    kernels: bool = False
 
 
 @dataclass
@@ -89,8 +92,10 @@ class Optimizers:
     def parameters(self) -> Iterator[Tensor]:
         """Every parameter that is optimised."""
         for optimizer in self.parts:
-            for group in optimizer.param_groups:
-                yield from group["params"]
+            if isinstance(optimizer, SharedMuon):
+                yield from optimizer.parameters()
+            else:
+                yield from (parameter for group in optimizer.param_groups for parameter in group["params"])
 
     def state(self) -> dict[str, Tensor]:
         """The optimisers' tensors under `<parameter>/<name>`; parameters not stepped yet have none."""
@@ -124,7 +129,7 @@ def _step_count(parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, settings: OptimizerSettings, world: World = ALONE) -> Optimizers:
-    """AdamW for everything, or Muon for hidden matrices and AdamW for the rest.
+    """AdamW for everything, or Muon for hidden matrices (with `kernels`, these too) and AdamW for the rest.
 
     The model may be sharded over the processes of `world` already.
 
@@ -133,7 +138,7 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings, world: World 
     """
     if settings.kind not in ("adamw", "muon"):
         raise RecipeError(f"optimizer.kind {settings.kind!r}: unknown. Use adamw or muon.")
-    by_role: dict[str, list[Tensor]] = {role: [] for role in (MATRIX, EXPERT, BOUNDARY, VECTOR)}
+    by_role: dict[str, list[Tensor]] = {role: [] for role in (MATRIX, EXPERT, KERNEL, BOUNDARY, VECTOR)}
     names: dict[int, str] = {}
     roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
@@ -146,7 +151,10 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings, world: World 
 
     muon = settings.kind == "muon"
     ratio = settings.lr_ratio if muon else 1.0
+    if not (muon and settings.kernels):
+        by_role[BOUNDARY] += by_role.pop(KERNEL)
     hidden = [
+        *([group(KERNEL, ratio, settings.weight_decay)] if KERNEL in by_role else []),
         group(MATRIX, ratio, settings.weight_decay),
         group(EXPERT, ratio * settings.expert_lr_ratio, settings.weight_decay),
     ]
@@ -154,7 +162,9 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings, world: World 
     adamw_groups = [g for g in (rest if muon else hidden + rest) if g["params"]]
     parts: list[torch.optim.Optimizer] = []
     if muon and (muon_groups := [g for g in hidden if g["params"]]):
-        parts.append(SharedMuon(muon_groups, settings.momentum, world))
+        shared = SharedMuon(muon_groups, settings.momentum, world)
+        names |= {id(matrix): names[id(kernel)] for matrix, kernel in shared.kernels}
+        parts.append(shared)
     if adamw_groups:
         fused = all(p.device.type == "cuda" for group in adamw_groups for p in group["params"])
         parts.append(

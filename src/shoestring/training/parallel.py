@@ -55,6 +55,10 @@ def distribute(
         return objective.to(device)
     if settings.kind == "ddp":
         objective.to(device)
+        # Frozen parts are read from the same files everywhere, and 8-bit weights cannot be broadcast.
+        frozen = [f"frozen.{name}" for name, _ in objective.frozen.named_parameters()]
+        frozen += [f"frozen.{name}" for name, _ in objective.frozen.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen)
         # Unused parameters are looked for only because DDP then keeps its buckets as they are: it otherwise
         # reorders them after the first step, and a resumed run's first step would sum in another order.
         return DistributedDataParallel(objective, find_unused_parameters=True, gradient_as_bucket_view=True)

@@ -19,6 +19,7 @@ from shoestring.training.curves import curves
 from shoestring.training.page import footer, page, table
 from shoestring.training.records import RunFiles, is_number, read_or_empty
 from shoestring.training.scores import find, interval, percent, scores, words
+from shoestring.training.students import students
 from shoestring.training.svg import short
 from shoestring.training.tracking import Record, clock, flops_text, threads_text
 
@@ -32,6 +33,7 @@ def write_report(run: RunFolder) -> Path:
     read = RunFiles.read(run)
     found = [
         _gallery(read),
+        students(read),
         scores(read),
         curves(read),
         _previews(read),

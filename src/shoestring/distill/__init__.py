@@ -1,0 +1,1 @@
+"""Distillation: a student network learns from a frozen teacher's outputs and features."""
