@@ -1,7 +1,8 @@
 """SDXL's U-Net and its KOALA students, random weights: operations, memory, forward, and the whole pipeline.
 
 python benchmarks/unet_students.py [--part arithmetic forward pipeline] [--networks sdxl koala-1b koala-700m]
-    [--sizes 256 512] [--dtypes bfloat16] [--threads 1] [--rounds 2] [--memory 8GiB] [--device cpu] [--tiny]
+    [--sizes 256 512] [--dtypes bfloat16] [--threads 1] [--rounds 2] [--memory 8GiB] [--device cpu]
+    [--cpu-time] [--tiny]
 
   arithmetic  on shapes alone, at 1024 px in float16: operations of a forward; bytes of weights and of live
               tensors; what one guided picture sums to with all parts loaded (`plain`) and stage by stage
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -111,8 +113,8 @@ def arithmetic(names: Sequence[str], size: int, say: Callable[..., None]) -> Non
         sides = (about["size"] // 8,) * 2
         flops = forward_flops(unet, **unet_inputs(unet, 1, sides, torch.float32))
         say("forward_flops", flops / 1e12, "TFLOP", network=about["network"], size=about["size"])
-        for name, size in row.items():
-            say(name, size / 1e9, "GB", **about)
+        for name, value in row.items():
+            say(name, value / 1e9, "GB", **about)
     for kind, vae in (("full", AutoencoderKL(**SDXL_VAE)), ("tiny", AutoencoderTiny())):
         latents = torch.empty(1, 4, size // 8, size // 8, device="meta")
         flops = forward_flops(vae.to("meta"), latents, method="decode")
@@ -127,6 +129,7 @@ def forward(
     rounds: int,
     tiny: bool,
     device: torch.device,
+    clock: Callable[[], float],
     say: Callable[..., None],
 ) -> None:
     """Tell seconds and peaks of one evaluation, each network beside the first where memory allows."""
@@ -140,7 +143,7 @@ def forward(
             if name not in networks:
                 networks[name] = random(partial(UNet2DConditionModel, **config(name, tiny)), dtype, device)
         for size in sizes:
-            compare({name: networks[name] for name in group}, names[0], size, rounds, device, say)
+            compare({name: networks[name] for name in group}, names[0], size, rounds, device, clock, say)
 
 
 def groups(taken: Mapping[str, int], limit: int) -> list[tuple[str, ...]]:
@@ -162,6 +165,7 @@ def compare(
     size: int,
     rounds: int,
     device: torch.device,
+    clock: Callable[[], float],
     say: Callable[..., None],
 ) -> None:
     """Tell one size: the networks take turns."""
@@ -169,7 +173,7 @@ def compare(
     for name, unet in networks.items():
         inputs = filled(unet_inputs(unet, 1, sides, unet.dtype, str(device)))
         works[name] = partial(unet, **inputs)
-    medians = alternated(works, rounds, device)
+    medians = alternated(works, rounds, device, clock)
     for name, unet in networks.items():
         shape = on_meta(partial(UNet2DConditionModel, **unet.config))
         flops = forward_flops(shape, **unet_inputs(shape, 1, sides, torch.float32))
@@ -316,6 +320,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns of each network")
     parser.add_argument("--memory", default="8GiB", help="for the weights of networks that are compared")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds: one thread beside other work")
     parser.add_argument("--tiny", action="store_true", help="networks of a few channels, one round")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
@@ -335,7 +340,8 @@ def main() -> None:
     limit, rounds = parse_size(arguments.memory), 1 if tiny else arguments.rounds
     for dtype in arguments.dtypes if "forward" in parts else ():
         told = partial(measured, dtype=dtype)
-        forward(arguments.networks, arguments.sizes, DTYPES[dtype], limit, rounds, tiny, device, told)
+        given = (arguments.networks, arguments.sizes, DTYPES[dtype], limit, rounds, tiny, device)
+        forward(*given, time.process_time if arguments.cpu_time else time.perf_counter, told)
     for about, drawing in cases(arguments, device) if "pipeline" in parts else ():
         pipeline(drawing, partial(measured, **about))
 

@@ -315,7 +315,7 @@ def test_a_u_net_that_wants_more_or_other_text_is_refused() -> None:
         Conditioning(PLAIN | {"class_embed_type": "timestep"})
     with pytest.raises(RecipeError, match="encoder_hid_dim_type 'image_proj'"):
         Conditioning(PLAIN | {"encoder_hid_dim_type": "image_proj"})
-    with pytest.raises(RecipeError, match=r"objective.null 'nothing': unknown. Use zeros or empty"):
+    with pytest.raises(RecipeError, match=r"objective.null_caption 'nothing': unknown. Use zeros or empty"):
         Conditioning(PLAIN, null="nothing")
     wide = make_batch(2)
     with pytest.raises(RecipeError, match="the store's text is 12 wide and the U-Net takes 16"):

@@ -394,7 +394,7 @@ def test_stock_parts_make_stock_pipelines_and_others_ours() -> None:
 @pytest.mark.parametrize(
     ("make_it", "message"),
     [
-        (lambda: stable_diffusion(null="zeros"), "Set objective.null=empty."),
+        (lambda: stable_diffusion(null="zeros"), "Set objective.null_caption=empty."),
         (lambda: make(parts.unet(cross_attention_dim=32), parts.sdxl_text(), parts.kl()), r"\(here None\)"),
         (
             lambda: make(

@@ -186,6 +186,7 @@ class UNetSystem(_UNets[UNetModel]):
             "cross_attention_dim": store.text_width,
             "use_linear_projection": True,
             "norm_num_groups": model.norm_groups,
+            "resnet_time_scale_shift": "scale_shift" if model.time_scales else "default",
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": ids_width,
             "projection_class_embeddings_input_dim": pooled + TIME_IDS * ids_width,
@@ -293,8 +294,9 @@ class StudentSystem(_UNets[StudentModel]):
         told = self.conditioning()(batch, train=False)
         t = torch.full((1,), self.schedule.alphas_cumprod.numel() // 2, device=device)
 
-        def forward(network: nn.Module) -> None:
-            network(batch.latents, t, **told)
+        def forward(network: Any) -> None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=network.dtype != torch.float32):
+                network(batch.latents, t, **told)
 
         beside = {"teacher": self._loaded_teacher.to(device), "student": networks["unet"]}
         return network_rows(beside, forward, device)
@@ -329,16 +331,19 @@ class _Adapted:
     """A student with an adapter: its pipeline has the adapter folded in, and the adapter lies beside it."""
 
     def __init__(self, system: StudentSystem, networks: Networks) -> None:
-        self.system, self.unet = system, networks["unet"]
+        self.unet = networks["unet"]
+        self.drawn = Drawn(system, system.pipeline({"unet": merged(self.unet)}), ("unet",))
 
     def export(self, run: RunFolder) -> None:
-        self._drawn().export(run)
+        self._fold()
+        self.drawn.export(run)
         state: dict[str, Tensor] = lora_state(self.unet)
         with atomic_path(run.root / ADAPTER / "pytorch_lora_weights.safetensors") as aside:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside)
 
     def preview(self, run: RunFolder, images: int, device: torch.device) -> str:
-        return self._drawn().preview(run, images, device)
+        self._fold()
+        return self.drawn.preview(run, images, device)
 
-    def _drawn(self) -> Drawn:
-        return Drawn(self.system, self.system.pipeline({"unet": merged(self.unet)}), ("unet",))
+    def _fold(self) -> None:
+        self.drawn.pipeline.register_modules(unet=merged(self.unet))

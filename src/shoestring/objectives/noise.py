@@ -225,7 +225,7 @@ class Conditioning(nn.Module):
     ) -> None:
         super().__init__()
         if null not in NULLS:
-            raise RecipeError(f"objective.null {null!r}: unknown. Use {' or '.join(NULLS)}.")
+            raise RecipeError(f"objective.null_caption {null!r}: unknown. Use {' or '.join(NULLS)}.")
         assert (null == "empty") == (null_text is not None), "null_text is the encoded empty caption"
         added = config.get("addition_embed_type")
         if added not in (None, "text_time") or config.get("class_embed_type") is not None:

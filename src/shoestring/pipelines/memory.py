@@ -13,6 +13,9 @@ On a CPU `fixed` is the process itself, and the factor what a heap adds (measure
 both are fitted to two published peaks, those of KOALA-Lightning-700M at 1024 px (8.3 GB) and KOALA-Turbo-700M
 at 512 px (4.9 GB) in float16 on an RTX 4090 with all parts loaded; the four other networks of that table
 then follow within 2 %. They stand for the CUDA context, cuDNN's workspaces and what the allocator keeps.
+
+The budget is that of the device which draws. Weights for a GPU pass through the CPU's memory on their way;
+on a CPU, pages of files that are being read are the system's to take back, and are not counted.
 """
 
 from __future__ import annotations

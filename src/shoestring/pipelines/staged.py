@@ -96,7 +96,9 @@ class StagedPipeline:
         self.kind = str(index["_class_name"])
         check_kind(self.kind, path_or_id)
         with no_bars():
-            self.folder = Path(name if Path(name).is_dir() else DiffusionPipeline.download(name))
+            self.folder = Path(
+                name if Path(name).is_dir() else DiffusionPipeline.download(name, use_safetensors=True)
+            )
         self._scheduler, self._tiny = scheduler, tiny_decoder
         self.sampling: Sampling = sampling_of(self._load(()))
 
@@ -183,9 +185,7 @@ class StagedPipeline:
     ) -> tuple[list[_Batch], str]:
         """Latents of each batch, and the scheduler's name."""
         stage = plan.denoise
-        kept = (
-            ("vae",) if self.kind == UNetPipeline.__name__ else ()
-        )  # its call asks the autoencoder for sizes
+        kept = ("vae",) if self.kind == UNetPipeline.__name__ else ()  # whose call asks it for sizes
         pipeline = self._load(kept, stage, unet=self._unet(stage))
         if not kept:
             pipeline.vae_scale_factor = spatial_factor(self.parts.vae)
@@ -282,8 +282,11 @@ def _cast(value: Tensor, stage: Stage) -> Tensor:
 def _release(device: str) -> None:
     """Give back what nobody holds any more."""
     gc.collect()
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         torch.cuda.empty_cache()
+    elif kind == "mps":
+        torch.mps.empty_cache()
 
 
 def return_large_blocks() -> None:

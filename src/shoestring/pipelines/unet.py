@@ -433,8 +433,8 @@ def _sdxl(parts: dict[str, Any], text: TextEncoder, null: str) -> DiffusionPipel
 def _stable_diffusion(parts: dict[str, Any], text: TextEncoder, null: str) -> DiffusionPipeline:
     if null != "empty":
         raise RecipeError(
-            f"objective.null {null!r}: Stable Diffusion's pipeline guides against the empty caption. "
-            "Set objective.null=empty."
+            f"objective.null_caption {null!r}: Stable Diffusion's pipeline guides against the empty caption. "
+            "Set objective.null_caption=empty."
         )
     with muted(*IMPORTS):
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline

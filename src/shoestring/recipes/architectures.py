@@ -136,6 +136,7 @@ class UNetModel(Section):
     transformer_depth: Annotated[tuple[Layers, ...], Field(min_length=2, max_length=8)] = (0, 2, 10)
     head_dim: Width = 64
     norm_groups: Width = 32
+    time_scales: bool = False
 
 
 StageDepth = Annotated[

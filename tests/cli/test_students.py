@@ -1,0 +1,265 @@
+"""Teachers and students through the command line: one recipe for all, exact resumes, stock pipelines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForText2Image,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+
+import shoestring
+from shoestring.models.unet_students import StudentSpec, preset_spec, teacher_key
+from shoestring.pipelines.unet import UNetPipeline
+from shoestring.training.checkpoint import Checkpoint
+from tests.cli.conftest import run as command_line
+
+RECIPE = Path(__file__).with_name("students.yaml")
+STAGES = ("teacher", "features", "lcm", "lora")
+CUT = ("--set", "model={preset: null, layers_per_block: 1, depth: [1, 1, 1], mid: drop}")
+SHORT = (
+    *("--set", "phases=[{name: only, size: 32, images: 16, batch: 8, lr: 1.0e-3}]"),
+    *("--set", "train={microbatch: null, checkpoint_every: 16, log_every: 8, preview_every: null}"),
+    *("--set", "ema=null", "--set", "sampling={steps: 2}"),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a teacher and three students were trained by one command; not to be changed."""
+    folder = tmp_path_factory.mktemp("students")
+    with contextlib.chdir(folder):
+        assert command_line("train", RECIPE) == 0
+    return folder
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to work in."""
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def store(empty: Path, captioned: Any, command: Any, sdxl_folder: Path) -> str:
+    """A store that was encoded with a tiny SDXL's own encoders, below the working folder."""
+    captioned(empty / "photos", 24)
+    encoders = ("--autoencoder", sdxl_folder, "--text-encoder", sdxl_folder, "--pad", "encoder")
+    said = command("encode", "photos", "--out", "s", "--size", 32, "--held-out", 4, *encoders)
+    assert said.code == 0, said.err
+    return "s"
+
+
+def words(teacher: Path | str, encoders: Path) -> tuple[Any, ...]:
+    """Arguments of `train koala-700m` for a tiny teacher."""
+    sets = {
+        "teacher": teacher,
+        "data.store": "s",
+        "data.autoencoder": encoders,
+        "data.text_encoder": encoders,
+    }
+    return ("train", "koala-700m", *(w for k, v in sets.items() for w in ("--set", f"{k}={v}")), *CUT, *SHORT)
+
+
+def tensors(run: Path, images: int) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds: weights, optimisers, averages, an averaged target."""
+    return Checkpoint(run / f"checkpoints/{images:012d}", {}).tensors()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_resumes_bit_for_bit(stage: str, here: Path) -> None:
+    """Kernels under Muon, dropped captions, mixed times, the target of a few-step student, an adapter."""
+    run = here / f"runs/students-{stage}"
+    unbroken = tensors(run, 40)
+    for images in (32, 40):
+        shutil.rmtree(run / f"checkpoints/{images:012d}")
+    assert command_line("train", run, "--resume") == 0
+    again = tensors(run, 40)
+    assert again.keys() == unbroken.keys()
+    assert all(torch.equal(again[name], unbroken[name]) for name in again)
+    assert any("target" in name for name in again) == (stage == "lcm")
+
+
+def test_every_kind_draws_is_measured_and_stands_beside_its_teacher(here: Path, command: Any) -> None:
+    for stage in STAGES:
+        run = f"runs/students-{stage}"
+        assert command("sample", run, "a red circle", "--out", stage).code == 0
+        assert command("evaluate", run).code == 0
+        rows = json.loads((here / run / "evaluation.json").read_text())["rows"]
+        found = {(row["metric"], row["facet"]): row["value"] for row in rows if row["split"] == "network"}
+        metrics = {row["metric"] for row in rows}
+        assert {"scene_accuracy", "held_out_loss"} <= metrics
+        assert ({"teacher_scene_accuracy", "cut_scene_accuracy"} <= metrics) == (stage != "teacher")
+        assert ({"teacher_error", "cut_teacher_error"} <= metrics) == (stage == "features")
+        if stage == "features":
+            student = UNet2DConditionModel.from_pretrained(here / run / "pipeline/unet")
+            teacher = UNet2DConditionModel.from_pretrained(here / "runs/students-teacher/pipeline/unet")
+            assert found["parameters", "student"] == student.num_parameters()
+            assert found["parameters", "teacher"] == teacher.num_parameters()
+            assert found["forward_flops", "student"] < found["forward_flops", "teacher"]
+            assert found["forward_ms", "student"] > 0
+            report = (here / run / "report.html").read_text()
+            assert "Beside its teacher" in report
+            assert f"{student.num_parameters():,}" in report
+
+
+def test_distilling_brings_the_student_nearer_to_its_teacher(here: Path, command: Any) -> None:
+    """The figures are those of the exported weights: a run of no steps would stay where its cut is."""
+    only = "{task_weight: 0, feature_weight: 0, taps: []}"  # the teacher of a few steps knows no task
+    more = (
+        *("--name", "longer", "--set", "stages.features.phases.0.images=640", "--set", "ema=null"),
+        *("--set", f"stages.features.objective={only}"),
+    )
+    sets = ("--set", "stages.features.teacher=runs/students-teacher")
+    assert command("train", RECIPE, "--stage", "features", *more, *sets).code == 0
+    assert command("evaluate", "runs/longer-features").code == 0
+    rows = json.loads((here / "runs/longer-features/evaluation.json").read_text())["rows"]
+    for split in ("unseen_scenes", "unseen_pairs"):
+        error = {r["metric"]: r["value"] for r in rows if (r["split"], r["facet"]) == (split, "all")}
+        assert error["teacher_error"] < 0.9 * error["cut_teacher_error"]
+
+
+def test_a_student_begins_with_its_teachers_weights_or_those_of_another_run(here: Path, command: Any) -> None:
+    """At a learning rate of nearly nothing the exported weights are those that were begun with."""
+    still = ("--set", "stages.features.phases.0.lr=1e-30", "--set", "ema=null", "--stage", "features")
+    teacher = ("--set", "stages.features.teacher=runs/students-teacher")
+    other = load_file(here / "runs/students-features/pipeline/unet/diffusion_pytorch_model.safetensors")
+    given = load_file(here / "runs/students-teacher/pipeline/unet/diffusion_pytorch_model.safetensors")
+    config = UNet2DConditionModel.load_config(here / "runs/students-teacher/pipeline/unet")
+    spec = StudentSpec(layers_per_block=1, depth=(1, 1, 1), mid="drop")
+    assert command("train", RECIPE, "--name", "one", *still, *teacher).code == 0
+    assert (
+        command(
+            "train", RECIPE, "--name", "two", *still, *teacher, "--set", "init=runs/students-features"
+        ).code
+        == 0
+    )
+    for name, expected in (
+        ("one", {key: given[teacher_key(key, spec, config)] for key in other}),
+        ("two", other),
+    ):
+        found = load_file(here / f"runs/{name}-features/pipeline/unet/diffusion_pytorch_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_an_adapter_lies_beside_the_pipeline_that_has_it_folded_in(trained: Path) -> None:
+    run = trained / "runs/students-lora"
+    pipeline = shoestring.load(run)
+    assert isinstance(pipeline, UNetPipeline)
+    assert type(pipeline.scheduler).__name__ == "TCDScheduler"
+    base = shoestring.load(trained / "runs/students-features")
+    base.load_lora_weights(run / "lora")
+    base.fuse_lora()
+    base.unload_lora_weights()
+    folded, fused = pipeline.unet.state_dict(), base.unet.state_dict()
+    assert folded.keys() == fused.keys()
+    for name, tensor in folded.items():
+        torch.testing.assert_close(tensor, fused[name], atol=1e-6, rtol=1e-5)
+
+
+def test_one_command_distils_an_sdxl_that_opens_in_plain_diffusers(
+    store: str, command: Any, sdxl_folder: Path
+) -> None:
+    said = command(*words(sdxl_folder, sdxl_folder))
+    assert said.code == 0, said.err
+    folder = "runs/koala-700m/pipeline"
+    for kind in (StableDiffusionXLPipeline, AutoPipelineForText2Image):
+        pipeline = kind.from_pretrained(folder)
+        assert type(pipeline) is StableDiffusionXLPipeline
+        assert pipeline.unet.mid_block is None
+        assert pipeline.config.force_zeros_for_empty_prompt
+    picture = pipeline("a koala", num_inference_steps=2, output_type="pt").images
+    assert torch.isfinite(picture).all()
+    again = StableDiffusionXLImg2ImgPipeline(**pipeline.components)
+    assert again("a koala", image=picture, num_inference_steps=2, strength=1.0).images
+    assert command("train", "runs/koala-700m", "--resume").code == 0
+    assert command("sample", "runs/koala-700m", "a koala", "--steps", 2).code == 0
+
+
+def test_another_teacher_under_the_same_name_is_refused_at_the_resume(
+    store: str, command: Any, sdxl_folder: Path, empty: Path
+) -> None:
+    shutil.copytree(sdxl_folder, empty / "mine")
+    arguments = words("mine", sdxl_folder)
+    assert command(*arguments).code == 0
+    shutil.rmtree(empty / "runs/koala-700m/checkpoints/000000000016")
+    file = empty / "mine/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    shutil.copytree(empty / "runs/koala-700m", empty / "runs/kept")
+    assert command("train", "runs/koala-700m", "--resume").code in {0, 2}
+    assert command(*arguments, "--name", "other").code == 0
+    file.unlink()
+    assert "mine" in command("train", "runs/other", "--resume").refused(1)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("teacher=null",), "teacher: missing: the U-Net to cut and learn from"),
+        (("model.mid=drop",), "model.mid: has no effect with preset koala-700m"),
+        (("objective.taps=[]",), "objective.taps: none, so feature_weight has no effect"),
+        (("objective.taps=[attention]",), "objective.taps.0: 'attention' is not allowed"),
+        (("objective.teacher_steps=8",), "objective.teacher_steps: has no effect with timesteps uniform"),
+        (("objective.weight_cap=5",), "objective.weight_cap: has no effect with weight none"),
+        (("model.lora_rank=8",), "model.lora_rank: trains with objective lcm alone"),
+        (("phases.0.mask=0.5",), "phases.0.mask: a U-Net trains on whole pictures"),
+        (("sampling.scheduler=lcm",), "sampling.scheduler: 'lcm' does not fit objective distillation"),
+        (("system=microdit",), "system: 'microdit' does not have a unet_student"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(
+    sets: tuple[str, ...], message: str, empty: Path, command: Any
+) -> None:
+    asked = [word for each in sets for word in ("--set", each)]
+    assert message in command("train", "koala-700m", *asked, "--dry-run").refused()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("objective.guidance=[9, 3]",), "from 9 to 3: give the smaller one first"),
+        (("sampling.guidance=2",), "sampling.guidance: 2 was not trained. Allowed: 4 to 16"),
+        (("sampling.scheduler=tcd",), "objective.phases 1 is sampled with lcm"),
+        (("objective.phases=4", "sampling.scheduler=tcd", "sampling.steps=2"), "each phase is one step: 4"),
+        (("model.lora_rank=8",), "objective.embed_guidance: an adapter has no place for it"),
+    ],
+)
+def test_a_few_step_recipe_that_cannot_be_is_refused(
+    sets: tuple[str, ...], message: str, empty: Path, command: Any
+) -> None:
+    asked = [word for each in sets for word in ("--set", each)]
+    assert message in command("train", "koala-700m-lcm", *asked, "--dry-run").refused()
+
+
+def test_a_teacher_that_is_none_and_a_store_of_other_encoders_are_one_line(
+    store: str, command: Any, sdxl_folder: Path, here: Path, empty: Path
+) -> None:
+    no_unet = command(*words(sdxl_folder / "vae", sdxl_folder)).refused(1)
+    assert "AutoencoderKL" in no_unet
+    told = command(
+        "train", RECIPE, "--stage", "features", "--set", f"stages.features.teacher={sdxl_folder}"
+    ).refused()
+    assert "its text is 64 wide, the U-Net reads 40" in told
+    assert not (empty / "runs").exists()
+
+
+def test_the_recipes_presets_are_the_models() -> None:
+    from typing import get_args
+
+    from shoestring.models.unet_presets import PRESETS
+    from shoestring.recipes.architectures import UNetPreset
+
+    assert set(get_args(UNetPreset)) == set(PRESETS)
+    assert all(preset_spec(name) for name in PRESETS)
