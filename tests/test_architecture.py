@@ -67,6 +67,7 @@ FROZEN = {
     "models/wuerstchen_prior.py": {"WuerstchenPrior"},
     "models/wuerstchen_vqgan.py": {"PaellaVQModel"},
     "pipelines/microdit.py": {"MicroDiTPipeline"},
+    "pipelines/unet.py": {"UNetPipeline"},
     "pipelines/wuerstchen.py": {"WuerstchenCombinedPipeline"},
     "pipelines/wuerstchen_decoder.py": {"WuerstchenDecoderPipeline"},
     "pipelines/wuerstchen_prior.py": {"WuerstchenPriorPipeline"},

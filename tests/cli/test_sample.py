@@ -248,7 +248,7 @@ def test_a_prompt_too_long_for_a_stock_pipeline_is_warned_of_once(stock: Path, c
             ("--scheduler", "flow_euler"),
             "scheduler 'flow_euler': does not fit prediction epsilon. Use euler,",
         ),
-        (("--scheduler", "pndm"), "scheduler 'pndm': unknown. Use euler, ddim, dpm++, lcm."),
+        (("--scheduler", "pndm"), "scheduler 'pndm': unknown. Use euler, ddim, dpm++, lcm, tcd."),
         (("--tiny-decoder", "student"), "--tiny-decoder student: is of class AutoencoderKL, not"),
         (("--tiny-decoder", "./none"), "autoencoder ./none: no autoencoder there"),
     ],

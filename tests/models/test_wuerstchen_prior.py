@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shoestring.errors import UserError
 from shoestring.models.wuerstchen_layers import GlobalResponseNorm, attention_mask, time_embedding
 from shoestring.models.wuerstchen_prior import WuerstchenPrior
-from shoestring.training.optimizers import BOUNDARY, MATRIX, VECTOR, parameter_roles
+from shoestring.training.optimizers import BOUNDARY, KERNEL, MATRIX, VECTOR, parameter_roles
 from shoestring.training.parallel import blocks
 from tests.models.wuerstchen_oracles import (
     arguments,
@@ -287,7 +287,7 @@ def test_it_compiles_to_one_graph(with_projected: bool) -> None:
 
 
 def test_roles_of_parameters() -> None:
-    """Matrices within blocks are hidden; ends, modulations and kernels are not; norms are vectors."""
+    """Matrices within blocks are hidden; ends and modulations are not; kernels and norms have roles of their own."""
     network = prior()
     roles = parameter_roles(network)
     for name, role in (
@@ -299,7 +299,7 @@ def test_roles_of_parameters() -> None:
         ("blocks.2.kv_mapper.1.weight", MATRIX),
         ("blocks.2.attention.to_out.0.weight", MATRIX),
         ("blocks.0.channelwise.2.gamma", VECTOR),
-        ("blocks.0.depthwise.weight", BOUNDARY),
+        ("blocks.0.depthwise.weight", KERNEL),
         ("projection.bias", VECTOR),
     ):
         assert roles[name] == role, name

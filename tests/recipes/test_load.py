@@ -160,7 +160,7 @@ def test_another_kind_replaces_the_whole_section(tmp_path: Path) -> None:
         (
             "objective: {kind: ddpm}",
             "recipe mine.yaml, objective: kind 'ddpm' is unknown. Allowed: edm, flow, "
-            "reconstruction, decoder, prior.",
+            "reconstruction, decoder, prior, noise, distillation, lcm.",
         ),
         (
             "optimizer: {betas: [0.9]}",

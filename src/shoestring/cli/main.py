@@ -20,7 +20,7 @@ from shoestring import __version__
 from shoestring.errors import ShoestringError
 
 COMMANDS = {
-    "demo": "Train a small model on a CPU in minutes, score it, write a report.",
+    "demo": "Train a small model on a CPU in minutes, score it, report.",
     "encode": "Encode captioned images, or scenes, into a store.",
     "store": "Show a store (info), check it (verify), copy it, add to it.",
     "train": "Train a model by a recipe, or resume a run.",
@@ -29,7 +29,7 @@ COMMANDS = {
     "report": "Write a run's report.html: curves, pictures, scores, cost.",
     "compare": "Compare runs: curves, differences, scores, cost: compare.html.",
     "average": "Average the weights of several runs into one pipeline.",
-    "compress": "Cut a U-Net or a transformer to a smaller student, before it is distilled.",
+    "compress": "Cut a U-Net or a transformer to a smaller student.",
     "convert": "A published MicroDiT checkpoint to a pipeline folder, or back.",
     "convert-lora": "A LoRA of a teacher to one of its student.",
     "recipes": "List the built-in recipes, or print one resolved.",

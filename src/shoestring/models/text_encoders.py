@@ -220,8 +220,8 @@ class TextEncoder:
     @property
     def width(self) -> int:
         """Components of a token."""
-        if isinstance(self.model, HashingTextEncoder | SdxlTextPair):
-            return self.model.width
+        if self.tokenizer is None or isinstance(self.model, SdxlTextPair):
+            return int(self.model.width)  # type: ignore[arg-type]
         config: Any = self.model.config
         return int(getattr(config, "hidden_size", None) or config.d_model)
 
@@ -377,8 +377,8 @@ def _load_transformers(path_or_id: str, pad: str, revision: str | None) -> tuple
 
 def _token_limit(model: nn.Module, tokenizer: Any) -> int | None:
     """Most tokens the encoder takes: of the hashing encoder, the tokenizer, or the position table."""
-    if isinstance(model, HashingTextEncoder):
-        return model.max_tokens
+    if tokenizer is None:
+        return int(model.max_tokens)  # type: ignore[arg-type]
     if isinstance(model, SdxlTextPair):
         return min(model.max_tokens, int(tokenizer.max_tokens))
     config: Any = model.config

@@ -300,7 +300,9 @@ class UNetPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         takes = inspect.signature(self.scheduler.step).parameters
-        more = {"generator": generator} if "generator" in takes else {}
+        # No fresh noise where a scheduler leaves it open, as in diffusers' own pipelines.
+        offered = {"generator": generator, "eta": 0.0}
+        more = {name: value for name, value in offered.items() if name in takes}
         with self.progress_bar(total=len(timesteps)) as progress:
             for number, timestep in enumerate(timesteps):
                 if self._interrupt:
