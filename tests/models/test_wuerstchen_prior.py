@@ -287,7 +287,7 @@ def test_it_compiles_to_one_graph(with_projected: bool) -> None:
 
 
 def test_roles_of_parameters() -> None:
-    """Matrices within blocks are hidden; ends and modulations are not; kernels and norms have roles of their own."""
+    """Matrices within blocks are hidden, ends and modulations are not; kernels are kernels, norms vectors."""
     network = prior()
     roles = parameter_roles(network)
     for name, role in (
