@@ -197,5 +197,5 @@ def test_stages_never_hold_the_text_encoder_with_the_unet(tmp_path: Path) -> Non
             [sys.executable, "-c", PEAK, str(tmp_path), how], capture_output=True, text=True, check=True
         )
         planned, peaks[how] = map(int, done.stdout.split())
-    assert peaks["plain"] - peaks["staged"] == pytest.approx(large, rel=0.2), peaks
+    assert peaks["plain"] - peaks["staged"] > 0.8 * large, peaks  # a heap keeps more or less besides
     assert 0.6 * planned < peaks["staged"] <= planned, (planned, peaks)

@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,6 +242,14 @@ def rows_in(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def arrived(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The rows, once so many are there: wandb's own process may write the last ones a moment later."""
+    deadline = time.monotonic() + 60
+    while len(rows := rows_in(folder)) < count and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return rows
+
+
 def latest(run: Path) -> Path:
     return run / "wandb/wandb/latest-run"
 
@@ -254,7 +263,7 @@ def test_wandb_gets_every_number_by_images_and_the_previews(offline: Path) -> No
     tracker.log(held_out(96))
     assert tracker.run.config["seed"] == 3
     tracker.close()
-    first, second = rows_in(latest(offline))
+    first, second = arrived(latest(offline), 2)
     rate = {"train/images_per_second": 100.0, "train/flops": 2e12}
     assert first == {"_step": 48, "images": 48, "train/loss": 0.5, "train/by_noise/-2": 0.75, **rate}
     assert Image.open(latest(offline) / "files" / second["preview/path"]).size == (6, 4)
@@ -284,7 +293,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     resumed.close()
     assert latest(offline).resolve() != first
     assert first.name.split("-")[-1] == resumed.run.id == (offline / "wandb/id.txt").read_text()
-    rows = [(row["_step"], row["train/loss"]) for row in rows_in(latest(offline))]
+    rows = [(row["_step"], row["train/loss"]) for row in arrived(latest(offline), 2)]
     assert rows == [(48, 48), (96, 96), (144, -144), (240, -240)]
 
 
