@@ -81,9 +81,10 @@ def measure_run(
         if scenes and opened.pipeline is not None:
             log(f"{split}: {len(scenes)} prompts x {settings['seeds']} seeds")
             rows += _scene_rows(recipe, run, opened.pipeline, store, split, scenes, settings)
-            rows += _reference_rows(system, split, scenes, settings, device)
         if not isinstance(opened.autoencoder, PixelAutoencoder):
             rows += _reconstruction_rows(recipe, run, opened, system, split, scenes)
+    if opened.pipeline is not None:
+        rows += _reference_rows(system, held_out, settings, device)
     rows += system.network_rows(opened.networks, device)
     for split in held_out:
         rows += _loss_rows(system, opened, split, device)
@@ -124,19 +125,19 @@ def _scene_rows(
 
 
 def _reference_rows(
-    system: build.AnySystem,
-    split: str,
-    scenes: Sequence[Scene],
-    settings: dict[str, Any],
-    device: torch.device,
+    system: build.AnySystem, splits: Sequence[str], settings: dict[str, Any], device: torch.device
 ) -> list[MetricRow]:
     """Scene accuracy of what the run is measured beside: same prompts, same seeds, once each."""
+    found = {split: _scenes(system.store, split, settings["prompts"]) for split in splits}
+    asked = {split: scenes for split, scenes in found.items() if scenes}
     rows: list[MetricRow] = []
-    for name, pipeline in system.references():
-        once = {**settings, "seeds": 1}
-        pictures = _drawn(system.recipe, pipeline.to(device), system.store, split, len(scenes), once)
-        images = [np.asarray(picture.image.convert("RGB")) for picture in pictures]
-        rows += metrics.scene_accuracy(images, scenes, split, metric=f"{name}_scene_accuracy")[0]
+    for name, pipeline in system.references() if asked else ():
+        pipeline.to(device)
+        for split, scenes in asked.items():
+            once = {**settings, "seeds": 1}
+            pictures = _drawn(system.recipe, pipeline, system.store, split, len(scenes), once)
+            images = [np.asarray(picture.image.convert("RGB")) for picture in pictures]
+            rows += metrics.scene_accuracy(images, scenes, split, metric=f"{name}_scene_accuracy")[0]
     return rows
 
 

@@ -53,9 +53,9 @@ Kind = TypeVar("Kind", UNetModel, StudentModel)
 class _UNets(System[Kind]):
     """What both kinds share: conditions from the store, a pipeline with the store's encoders."""
 
-    @property
+    @cached_property
     def schedule(self) -> NoiseSchedule:
-        raise NotImplementedError
+        return NoiseSchedule.from_config(self.scheduler_config)
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -159,10 +159,6 @@ class UNetSystem(_UNets[UNetModel]):
         return {**STABLE_DIFFUSION_SCHEDULE, "prediction_type": self.recipe.objective.prediction}
 
     @cached_property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_config(self.scheduler_config)
-
-    @cached_property
     def config(self) -> dict[str, Any]:
         """SDXL's make at the recipe's sizes: attention where a stage has a depth."""
         model, store = self.model, self.store
@@ -225,10 +221,6 @@ class StudentSystem(_UNets[StudentModel]):
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
         return dict(self.teacher.scheduler.config)
-
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_config(self.scheduler_config)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -15,6 +15,35 @@ Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
+class CallState:
+    """What a pipeline tells of the call under way, as diffusers' own do; mixed in."""
+
+    _guidance_scale: float = 1.0
+    _num_timesteps: int = 0
+    _current_timestep: Tensor | None = None
+    _interrupt: bool = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """w of the call under way: out = null + w (text - null)."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Evaluations of the call under way."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The time being evaluated, None outside a call."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` to True in a callback to stop after the step."""
+        return self._interrupt
+
+
 def check_call(
     prompt: str | list[str] | None,
     prompt_embeds: Tensor | None,

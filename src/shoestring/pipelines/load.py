@@ -49,7 +49,7 @@ def load(
     another: a run, a folder, a hub id[@revision] or a loaded pipeline; None loads the decoder alone. With
     `prior` given, a decoder's pipeline of our own is joined likewise.
     """
-    name, index = _open(path_or_id, kwargs.get("revision"))
+    name, index = open_index(path_or_id, kwargs.get("revision"))
     kind = str(index["_class_name"])
     if "torch_dtype" in kwargs:  # as diffusers called it before
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
@@ -103,7 +103,7 @@ def _load_joined(
         prior, revision = split_revision(str(prior))
         advice = ""
     try:  # before gigabytes of the decoder are read
-        place, theirs_index = _open(prior, revision)
+        place, theirs_index = open_index(prior, revision)
     except CheckpointError as error:
         raise CheckpointError(f"{advice}({error})" if advice else str(error)) from error
     check_prior(place, str(theirs_index["_class_name"]))
@@ -131,7 +131,7 @@ def _load(name: str, kind: str, **kwargs: Any) -> DiffusionPipeline:
         ) from error
 
 
-def _open(path_or_id: str | Path, revision: str | None) -> tuple[str, dict[str, Any]]:
+def open_index(path_or_id: str | Path, revision: str | None) -> tuple[str, dict[str, Any]]:
     """(folder or hub id, its index); a run's is its newest export."""
     name = str(path_or_id)
     folder = Path(name)

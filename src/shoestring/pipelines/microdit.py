@@ -27,7 +27,7 @@ from shoestring.models.autoencoders import (
 from shoestring.models.microdit import MicroDiT, ProjectedText
 from shoestring.models.text_encoders import TextEncoder
 from shoestring.objectives.flow import TIMESTEPS, velocity_from_x0
-from shoestring.pipelines.calls import as_decoded, check_call, first_noise
+from shoestring.pipelines.calls import CallState, as_decoded, check_call, first_noise
 from shoestring.pipelines.prompts import Text, encode_prompts, repeat, stack_text
 from shoestring.pipelines.shim import write_shim
 from shoestring.sampling.edm_heun import EDMHeunScheduler
@@ -35,7 +35,7 @@ from shoestring.sampling.edm_heun import EDMHeunScheduler
 PREDICTIONS = ("edm", "velocity", "x0")
 
 
-class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class MicroDiTPipeline(CallState, DiffusionPipeline, SanaLoraLoaderMixin):
     """Pictures from prompts. Open one with `shoestring.load(path_or_id)`.
 
     `prediction` says what the network puts out: "edm" (raw output under EDM's preconditioning, with an EDM
@@ -87,34 +87,12 @@ class MicroDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self.vae_scale_factor = 1 if vae is None else spatial_factor(vae)
         self._guidance_scale = float(default_guidance)
         self._num_timesteps = 0
-        self._current_timestep: Tensor | None = None
-        self._interrupt = False
         self.image_processor = VaeImageProcessor()  # sizes are checked here
-
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance of the call under way."""
-        return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call under way evaluates the null caption too."""
         return self._guidance_scale != 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        """Evaluations of the call under way."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """The timestep being evaluated, None outside a call."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Set to True in a callback to stop after the step."""
-        return self._interrupt
 
     @property
     def size_multiple(self) -> int:

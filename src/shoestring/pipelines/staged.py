@@ -31,7 +31,7 @@ from shoestring.models.unet_teachers import load_unet
 from shoestring.pipelines.calls import as_decoded
 from shoestring.pipelines.defaults import Sampling, sampling_of
 from shoestring.pipelines.generate import Picture, warn_cut_prompts
-from shoestring.pipelines.load import _open, load
+from shoestring.pipelines.load import load, open_index
 from shoestring.pipelines.memory import MemoryPlan, Stage, plan_memory, require_int8
 from shoestring.pipelines.memory_parts import Parts, check_kind, read_parts, set_tile
 from shoestring.pipelines.parts import use_scheduler, use_tiny_decoder
@@ -92,7 +92,7 @@ class StagedPipeline:
     def __init__(
         self, path_or_id: str | Path, *, scheduler: str | None = None, tiny_decoder: str | None = None
     ) -> None:
-        name, index = _open(path_or_id, None)
+        name, index = open_index(path_or_id, None)
         self.kind = str(index["_class_name"])
         check_kind(self.kind, path_or_id)
         with no_bars():

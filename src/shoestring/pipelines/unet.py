@@ -42,7 +42,7 @@ from shoestring.models.sdxl_text import SdxlTextPair
 from shoestring.models.text_encoders import TextEncoder
 from shoestring.models.unet_guidance import guidance_embedding
 from shoestring.objectives.noise import NULLS, Conditioning, mean_of_tokens, predict
-from shoestring.pipelines.calls import Callback, Generators, as_decoded, check_call, first_noise
+from shoestring.pipelines.calls import Callback, CallState, Generators, as_decoded, check_call, first_noise
 from shoestring.pipelines.defaults import IMPORTS, Sampling, attach_sampling
 from shoestring.pipelines.prompts import Text, encode_pooled, repeat, stack_text
 from shoestring.pipelines.shim import write_shim
@@ -51,7 +51,7 @@ Encoded = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Prompts as states (B, L, C), which are real tokens (B, L) or None (all), pooled (B, P) or None."""
 
 
-class UNetPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class UNetPipeline(CallState, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Pictures from prompts with any text encoder and autoencoder. Open one with `shoestring.load`.
 
     `null` says what guidance goes against where no negative prompt is given: "zeros", or "empty", the encoded
@@ -98,34 +98,11 @@ class UNetPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self.vae_scale_factor = 1 if vae is None else spatial_factor(vae)
         self.image_processor = VaeImageProcessor()  # sizes are checked here
         self._guidance_scale = float(default_guidance)
-        self._num_timesteps = 0
-        self._current_timestep: Tensor | None = None
-        self._interrupt = False
-
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance of the call under way: out = null + scale (text - null)."""
-        return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call under way evaluates the null caption too; some networks are told the scale."""
         return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-
-    @property
-    def num_timesteps(self) -> int:
-        """Evaluations of the call under way."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """The timestep being evaluated, None outside a call."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `_interrupt` to True in a callback to stop after the step."""
-        return self._interrupt
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """A line for each prompt that is longer than the text encoder takes."""

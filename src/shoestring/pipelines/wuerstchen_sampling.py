@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shoestring.models.text_encoders import TextEncoder
 from shoestring.objectives.cosine import default_timesteps, published_timesteps
-from shoestring.pipelines.calls import Callback, Generators
+from shoestring.pipelines.calls import Callback, CallState, Generators
 from shoestring.pipelines.prompts import Text, encode_prompts, repeat_text, stack_text
 
 TIMES: dict[str, Callable[[], list[float]]] = {
@@ -27,7 +27,7 @@ TIMES: dict[str, Callable[[], list[float]]] = {
 Times = str | Sequence[float] | Tensor | None
 
 
-class DenoisingStage:
+class DenoisingStage(CallState):
     """One diffusion stage of a cascade, mixed into its pipeline.
 
     The pipeline has `scheduler`, `text_encoder`, `tokenizer` and `text_pad` and `max_tokens` in its
@@ -41,35 +41,11 @@ class DenoisingStage:
     progress_bar: Callable[..., Any]
     output_types: tuple[str, ...]
     _callback_tensor_inputs: list[str]
-    _guidance_scale: float = 1.0
-    _num_timesteps: int = 0
-    _current_timestep: Tensor | None = None
-    _interrupt: bool = False
-
-    @property
-    def guidance_scale(self) -> float:
-        """w of the call under way: out = null + w (text - null)."""
-        return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call under way evaluates the unconditional too."""
         return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the call under way."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """The time being evaluated, None outside a call."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `_interrupt` to True in a callback to stop after the step."""
-        return self._interrupt
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """A line for each prompt that is longer than the text encoder takes."""
