@@ -15,8 +15,6 @@ from PIL import Image
 
 import shoestring
 from shoestring.pipelines.export import export
-from shoestring.pipelines.unet import make_unet_pipeline
-from shoestring.sampling.schedulers import make_noise_scheduler
 from tests.pipelines import stock_parts as parts
 
 PROMPTS = ("a red circle", "two blue squares on white")
@@ -188,20 +186,7 @@ def test_a_file_in_the_place_of_the_folder_is_told(here: Path, command: Any) -> 
 @pytest.fixture
 def stock(empty: Path) -> Path:
     """An export of a tiny SDXL (`student`) and a tiny decoder (`taesd`) in the current folder."""
-    text = parts.sdxl_text()
-    pipeline = make_unet_pipeline(
-        parts.sdxl_unet(),
-        text=text,
-        vae=parts.kl(),
-        scheduler=make_noise_scheduler("euler", parts.SCHEDULE, prediction="epsilon"),
-        null="zeros",
-        steps=3,
-        guidance=3.5,
-        size=parts.SIZE,
-        max_tokens=text.max_tokens,
-        pad=text.pad,
-    )
-    export(pipeline, empty / "student", ("unet",))
+    export(parts.sdxl_pipeline(), empty / "student", ("unet",))
     parts.tiny().save_pretrained(empty / "taesd")
     return empty
 

@@ -12,6 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from shoestring.models.sdxl_text import SdxlTextPair, SdxlTokenizerPair
 from shoestring.models.text_encoders import HashingTextEncoder, TextEncoder
+from shoestring.pipelines.unet import make_unet_pipeline
+from shoestring.sampling.schedulers import make_noise_scheduler
 
 LIMIT = 16  # tokens that the CLIP encoders take
 WIDTH = 16  # of each CLIP encoder, and of hashed text
@@ -129,3 +131,20 @@ def tiny(**changes: Any) -> AutoencoderTiny:
         "num_decoder_blocks": (1, 1),
     }
     return AutoencoderTiny(**{**sizes, **changes}).eval()
+
+
+def sdxl_pipeline() -> Any:
+    """A student of a tiny SDXL as it is exported: stock parts, 3 steps, guidance 3.5."""
+    text = sdxl_text()
+    return make_unet_pipeline(
+        sdxl_unet(),
+        text=text,
+        vae=kl(),
+        scheduler=make_noise_scheduler("euler", SCHEDULE, prediction="epsilon"),
+        null="zeros",
+        steps=3,
+        guidance=3.5,
+        size=SIZE,
+        max_tokens=text.max_tokens,
+        pad=text.pad,
+    )

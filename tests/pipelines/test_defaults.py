@@ -6,7 +6,6 @@ import inspect
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,25 +25,9 @@ from tests.pipelines import stock_parts as parts
 PROMPTS = ["red", "a blue cat, asleep"]
 
 
-def sdxl() -> Any:
-    text = parts.sdxl_text()
-    return make_unet_pipeline(
-        parts.sdxl_unet(),
-        text=text,
-        vae=parts.kl(),
-        scheduler=make_noise_scheduler("euler", parts.SCHEDULE, prediction="epsilon"),
-        null="zeros",
-        steps=3,
-        guidance=3.5,
-        size=parts.SIZE,
-        max_tokens=text.max_tokens,
-        pad=text.pad,
-    )
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    export(sdxl(), tmp_path / "pipeline", ("unet",))
+    export(parts.sdxl_pipeline(), tmp_path / "pipeline", ("unet",))
     return tmp_path / "pipeline"
 
 
@@ -133,7 +116,7 @@ def test_prompts_that_are_cut_are_told_once(
 
 
 def test_pipelines_that_draw_from_prompts_alone_are_told_from_others() -> None:
-    pipeline = sdxl()
+    pipeline = parts.sdxl_pipeline()
     assert draws_prompts(pipeline)
     pipeline.sampling = None
     assert draws_prompts(pipeline)

@@ -19,24 +19,8 @@ from torch import Tensor
 from shoestring.errors import RecipeError
 from shoestring.models.unet_controlnet import controlnet_from_unet
 from shoestring.pipelines.unet_cache import deep_cache
+from tests.models.test_unet_controlnet import NO_MID, POOLED, WIDTH
 
-WIDTH, POOLED, IDS = 12, 10, 8
-NO_MID: dict[str, Any] = {
-    "sample_size": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "mid_block_type": None,
-    "block_out_channels": (8, 16, 16),
-    "layers_per_block": 1,
-    "transformer_layers_per_block": (1, 1, 2),
-    "attention_head_dim": (1, 2, 2),
-    "cross_attention_dim": WIDTH,
-    "norm_num_groups": 4,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": IDS,
-    "projection_class_embeddings_input_dim": POOLED + 6 * IDS,
-}
 WITH_MID: dict[str, Any] = {**NO_MID, "mid_block_type": "UNetMidBlock2DCrossAttn", "layers_per_block": 2}
 OUTERMOST = {"down_blocks.0", "up_blocks.2"}
 
