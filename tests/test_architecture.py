@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "shoestring"
 
 ROWS = (
     ("errors", "interfaces"),
-    ("runtime", "storage", "processes"),
+    ("runtime", "storage", "processes", "hub"),
     ("models", "objectives", "recipes"),
     ("sampling", "data"),
     ("pipelines", "distill", "cost"),

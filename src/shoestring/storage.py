@@ -262,6 +262,19 @@ class RunFolder:
         return run
 
 
+def exported(path: str | Path) -> Path:
+    """The folder of a run's newest export, or `path` where it is no run; raises `CheckpointError`."""
+    run = RunFolder(Path(path))
+    if not run.recipe.is_file():
+        return run.root
+    if not run.pipeline.is_dir():
+        raise CheckpointError(
+            f"{path}: this run has no pipeline yet; it is written at the first checkpoint. "
+            "Let `shoestring train --resume` reach one."
+        )
+    return run.pipeline
+
+
 def _digest(path: Path, start: Any, update: Callable[[bytes, Any], Any]) -> Any:
     value = start
     with open(path, "rb") as file:

@@ -106,6 +106,9 @@ def test_a_prompt_too_long_is_warned_of_with_the_tokens_cut(here: Path, command:
     [
         (("runs/tiny", "a", "--steps", 0), "--steps 0: must be at least 1."),
         (("runs/tiny", "a", "--steps", -3), "--steps -3: must be at least 1."),
+        (("runs/tiny", "a", "--size", "big"), "--size big: must be pixels, height x width"),
+        (("runs/tiny", "a", "--size", "0"), "height x width 0 x 0: both must be multiples of"),
+        (("runs/tiny", "a", "--size", "33x32"), "height x width 33 x 32: both must be multiples of"),
         (("runs/tiny", "a", "--guidance", -1), "--guidance -1.0: must be a number from 0; 1 is none."),
         (("runs/tiny", "a", "--guidance", "nan"), "--guidance nan: must be a number from 0"),
         (
@@ -254,6 +257,20 @@ def test_a_stock_pipeline_that_needs_a_picture_is_told(stock: Path, command: Any
         .refused()
         .startswith("student: a StableDiffusionXLImg2ImgPipeline, which `shoestring sample` cannot prompt.")
     )
+
+
+@pytest.mark.parametrize(("size", "shape"), [("24x32", (24, 32)), ("32", (32, 32))])
+def test_the_size_is_height_by_width_whole_or_staged(
+    size: str, shape: tuple[int, int], stock: Path, command: Any
+) -> None:
+    asked = ("sample", "student", "a cat", "--size", size)
+    assert command(*asked, "--out", "plain").code == 0
+    assert pixels(stock / "plain/00000.png").shape == (*shape, 3)
+    said = command(*asked, "--memory", "2GiB", "--out", "planned")
+    assert said.out.startswith(f"{shape[0]} x {shape[1]} px in 2.00 GiB")
+    assert (stock / "planned/00000.png").read_bytes() == (stock / "plain/00000.png").read_bytes()
+    refused = command(*asked[:-1], "1025", "--memory", "2GiB").refused()
+    assert refused.startswith("height x width 1025 x 1025: both must be multiples of")
 
 
 # Within a budget of memory

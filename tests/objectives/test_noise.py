@@ -27,7 +27,7 @@ from shoestring.objectives.noise import (
     NoiseObjective,
     NoiseSchedule,
     check_weight,
-    mean_of_tokens,
+    pool_tokens,
 )
 from shoestring.runtime import keyed_normal
 
@@ -265,15 +265,18 @@ def test_captions_are_dropped_by_their_place_in_the_run_and_never_when_looked_at
     assert torch.equal(part["encoder_hidden_states"], given["encoder_hidden_states"][50:150])
 
 
-def test_without_a_pooled_state_the_mean_of_real_tokens_is_told() -> None:
+def test_without_a_pooled_state_the_scaled_mean_of_real_tokens_is_told() -> None:
     config = SMALL | {"projection_class_embeddings_input_dim": 12 + 6 * 4}
     batch = make_batch(5, masked=True)
     given = Conditioning(config)(batch)
     lengths = [1, 2, 3, 4, 5]
     expected = torch.stack([text[:n].mean(dim=0) for text, n in zip(batch.text, lengths, strict=True)])
-    assert torch.allclose(given["added_cond_kwargs"]["text_embeds"], expected, atol=1e-6)
+    expected = expected / expected.pow(2).mean(dim=1, keepdim=True).sqrt()
+    assert torch.allclose(given["added_cond_kwargs"]["text_embeds"], expected, atol=1e-5)
     assert torch.equal(given["encoder_attention_mask"], batch.text_mask)
-    assert torch.allclose(mean_of_tokens(batch.text, None), batch.text.mean(dim=1))
+    whole = pool_tokens(batch.text, None)
+    assert torch.allclose(whole.pow(2).mean(dim=1), torch.ones(5), atol=1e-5)
+    assert torch.allclose(F.cosine_similarity(whole, batch.text.mean(dim=1)), torch.ones(5))
     null = Conditioning(config).unconditional(batch)
     assert not null["added_cond_kwargs"]["text_embeds"].any()
 

@@ -283,7 +283,7 @@ def test_without_the_packages_8_bits_are_not_planned_and_named(monkeypatch: pyte
 
 
 def test_sides_that_do_not_fit_the_autoencoder_are_refused() -> None:
-    with pytest.raises(RecipeError, match="multiples of 8 px"):
+    with pytest.raises(RecipeError, match="multiples of 8"):
         plan_memory(shapes("koala-700m"), 64 * GIB, size=(1000, 1001))
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoestring.errors import CheckpointError
+from shoestring.hub import fetch_folder
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
-from shoestring.pipelines.transformer import download
-from shoestring.storage import RunFolder, atomic_path, read_json
+from shoestring.storage import atomic_path, exported, read_json
 
 INDEX = "model_index.json"
 
@@ -132,17 +132,11 @@ def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _folder(path_or_id: str, name: str) -> Path:
-    folder = Path(path_or_id)
-    if (folder / "recipe.yaml").is_file():
-        folder = RunFolder(folder).pipeline
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{path_or_id}: this run has nothing to read yet; it is written at the first checkpoint."
-            )
+    folder = exported(path_or_id)
     if folder.is_dir():
         return folder
     patterns = [f"{each}/*" for each in NAMES.get(name, (name,))] if name else None
-    return download(path_or_id, patterns)
+    return fetch_folder(path_or_id, patterns)
 
 
 def _read(files: Sequence[Path]) -> dict[str, Tensor]:

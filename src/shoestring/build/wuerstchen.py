@@ -51,7 +51,7 @@ from shoestring.recipes.losses import DecoderObjective as DecoderSection
 from shoestring.recipes.losses import ReconstructionObjective as ReconstructionSection
 from shoestring.recipes.schema import Phase
 from shoestring.sampling.schedulers import COSINE
-from shoestring.storage import RunFolder, atomic_path
+from shoestring.storage import RunFolder, atomic_path, exported
 
 
 class StageA(System[VqganModel]):
@@ -343,9 +343,7 @@ class StageC(System[PriorModel]):
 
 def load_vqgan(path_or_id: str) -> PaellaVQModel:
     """The Stage A of a run, folder, file or hub repository, frozen; raises `CheckpointError` without one."""
-    folder = Path(path_or_id)
-    if (folder / "recipe.yaml").is_file():
-        folder = RunFolder(folder).pipeline
+    folder = exported(path_or_id)
     with torch.device("cpu"):  # also where networks are being made on shapes alone
         model = published.load_vqgan(folder if folder.exists() else path_or_id)
     model.requires_grad_(False)

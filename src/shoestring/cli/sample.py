@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Sampler steps, at least 1.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="PX", help="Height x width, such as 1216x832, or both at once: 768."),
+    ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +67,8 @@ def sample(
     chosen = str(pick_device(device))
     repeated = [prompt for prompt in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
-    order = _Order(model, repeated, seeds, batch, steps, guidance, scheduler, tiny_decoder, chosen)
+    sides = None if size is None else _sides(size)
+    order = _Order(model, repeated, seeds, batch, steps, guidance, sides, scheduler, tiny_decoder, chosen)
     pictures = _whole(order) if memory is None else _staged(order, memory)
     images = []
     for number, picture in enumerate(pictures):
@@ -84,6 +90,7 @@ class _Order:
     batch: int
     steps: int | None
     guidance: float | None
+    size: tuple[int, int] | None
     scheduler: str | None
     tiny_decoder: str | None
     device: str
@@ -110,6 +117,7 @@ def _whole(order: _Order) -> Iterator[Picture]:
         order.seeds,
         steps=order.steps,
         guidance=order.guidance,
+        size=order.size,
         batch_size=order.batch,
     )
 
@@ -122,7 +130,7 @@ def _staged(order: _Order, memory: str) -> Iterator[Picture]:
     budget = parse_size(memory)
     pipeline = StagedPipeline(order.model, scheduler=order.scheduler, tiny_decoder=order.tiny_decoder)
     most = min(order.batch, len(order.prompts))
-    plan = pipeline.plan(budget, device=order.device, batch=most, guidance=order.guidance)
+    plan = pipeline.plan(budget, device=order.device, batch=most, guidance=order.guidance, size=order.size)
     typer.echo(str(plan))
     return pipeline.generate(
         plan,
@@ -132,6 +140,14 @@ def _staged(order: _Order, memory: str) -> Iterator[Picture]:
         guidance=order.guidance,
         tell=lambda line: typer.echo(line, err=True),
     )
+
+
+def _sides(text: str) -> tuple[int, int]:
+    """(height, width) of "1216x832" or "768"; raises `RecipeError` for other text."""
+    match = re.fullmatch(r"(\d{1,6})(?:\s*x\s*(\d{1,6}))?", text.strip())
+    if match is None:
+        raise RecipeError(f"--size {text}: must be pixels, height x width, such as 1216x832, or one number.")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _check_draws(model: str, pipeline: DiffusionPipeline) -> None:

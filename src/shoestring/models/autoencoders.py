@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shoestring.errors import RecipeError
+from shoestring.hub import first_line
 from shoestring.models.quiet import muted, no_bars
 from shoestring.models.sizes import check_size
 from shoestring.models.wuerstchen_autoencoder import WuerstchenAutoencoder, vq_factor
@@ -249,11 +250,6 @@ def encoder_fingerprint(autoencoder: nn.Module) -> str:
     if isinstance(autoencoder, WuerstchenAutoencoder):
         return weights_fingerprint(autoencoder.compressor)
     return weights_fingerprint(autoencoder)
-
-
-def first_line(error: Exception) -> str:
-    """The first sentence of a library's long message."""
-    return str(error).strip().split("\n")[0].rstrip(".").strip() or type(error).__name__
 
 
 def refuse_single_file(kind: str, path_or_id: str) -> None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shoestring.errors import CheckpointError
-from shoestring.storage import RunFolder, read_json
+from shoestring.hub import ABSENT, fetch_file, fetch_folder, list_files
+from shoestring.storage import exported, read_json
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -33,8 +33,6 @@ _VARIANTS = ("", ".fp16", ".bf16")
 
 _KEPT = (".json", ".txt", ".model", ".safetensors")
 """What a pipeline's part is made of; other formats of the same weights lie beside them on the hub."""
-
-_HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError)
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -122,14 +120,7 @@ def find_network(
     download left is taken. Raises `CheckpointError` where there is none, saying what there is.
     """
     given = str(path_or_id)
-    root = Path(given) if Path(given).is_dir() else _download(given, networks, revision)
-    if (root / "recipe.yaml").is_file():
-        root = RunFolder(root).pipeline
-        if not root.is_dir():
-            raise CheckpointError(
-                f"{given}: this run has no pipeline yet; it is written at the first checkpoint. "
-                "Let `shoestring train --resume` reach one."
-            )
+    root = exported(given) if Path(given).is_dir() else _download(given, networks, revision)
     names = {path.relative_to(root).as_posix() for path in (*root.glob("*.json"), *root.glob("*/*.json"))}
     part = _part(names, networks)
     if part is None:
@@ -162,10 +153,7 @@ def download_file(name: str, revision: str | None = None) -> Path:
     parts = name.split("/")
     if len(parts) < 3 or not all(parts) or parts[0] in {".", ".."}:
         raise CheckpointError(f"{name}: no such file. Give a .safetensors file, a folder or a hub id.")
-    try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=revision))
-    except _HUB_ERRORS as error:
-        raise _unreadable(name, error) from error
+    return fetch_file("/".join(parts[:2]), "/".join(parts[2:]), revision)
 
 
 def open_safetensors(path: Path) -> Any:
@@ -218,53 +206,39 @@ def _shards(index: Path) -> dict[str, str]:
 def _download(name: str, networks: Collection[str], revision: str | None) -> Path:
     """The folder in the hub's cache that holds a repository's network and scheduler and no more."""
     try:
-        files = set(HfApi().list_repo_files(name, revision=revision))
-    except _HUB_ERRORS as error:
+        files = set(list_files(name, revision))
+    except CheckpointError as error:
         return _cached(name, revision, error)
     part = _part(files, networks)
     inside = f"{part}/" if part else ""
     weights = None if part is None else _weight_file({each.removeprefix(inside) for each in files})
     wanted = [INDEX, SCHEDULER] if part is None else [INDEX, SCHEDULER, inside + CONFIG]
-    try:
-        if weights is not None:
-            wanted.append(inside + weights)
-            if weights.endswith(".json"):
-                index = Path(hf_hub_download(name, inside + weights, revision=revision))
-                wanted += sorted({inside + shard for shard in _shards(index).values()})
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except _HUB_ERRORS as error:
-        raise _unreadable(name, error) from error
+    if weights is not None:
+        wanted.append(inside + weights)
+        if weights.endswith(".json"):
+            index = fetch_file(name, inside + weights, revision)
+            wanted += sorted({inside + shard for shard in _shards(index).values()})
+    return fetch_folder(name, wanted, revision=revision)
 
 
 def _download_parts(name: str, parts: Collection[str], revision: str | None) -> None:
     """Bring configurations, vocabularies and weights of some parts of a repository into the hub's cache."""
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
-    except _HUB_ERRORS:
+        files = list_files(name, revision)
+    except CheckpointError:
         return  # not to be asked now: what is there is there
     wanted = [each for each in files if each.split("/")[0] in parts and Path(each).suffix in _KEPT]
     for variant in _VARIANTS[1:]:  # not both precisions of the same weights
         wanted = [each for each in wanted if variant not in each or each.replace(variant, "") not in wanted]
-    try:
-        snapshot_download(name, revision=revision, allow_patterns=[*wanted, INDEX])
-    except _HUB_ERRORS as error:
-        raise _unreadable(name, error) from error
+    fetch_folder(name, [*wanted, INDEX], revision=revision)
 
 
-def _cached(name: str, revision: str | None, error: Exception) -> Path:
+def _cached(name: str, revision: str | None, error: CheckpointError) -> Path:
     """What an earlier download left, where the hub cannot be asked now."""
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except _HUB_ERRORS:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return CheckpointError(
-        f"{name}: neither a folder here nor a hub repository that can be read ({reason}). Give a run, a "
-        "pipeline, a network's folder, a .safetensors file or a hub id."
-    )
+    except ABSENT:
+        raise error from None
 
 
 def _what_instead(root: Path, networks: Collection[str]) -> str:

@@ -204,7 +204,7 @@ class Conditioning(nn.Module):
                   state, `null_pooled` (P,)
     caption_drop  the share of captions that are dropped in training, keyed by (seed, position in the run)
 
-    Pooled text is `batch.extra["pooled"]` (B, P) or, where the text encoder gives none, `mean_of_tokens`; it
+    Pooled text is `batch.extra["pooled"]` (B, P) or, where the text encoder gives none, `pool_tokens`; it
     is dropped with the text. Time ids are `batch.extra["size_crop"]` (B, 6): original height and width, crop
     top and left, target height and width. Without a mask every token counts, zero or not.
     Raises `RecipeError` for a U-Net that wants more than that, and for text of another width than it takes.
@@ -275,7 +275,7 @@ class Conditioning(nn.Module):
         if mask is not None:
             given["encoder_attention_mask"] = of_any_length(mask)
         if self.text_time:
-            pooled = mean_of_tokens(text, mask) if pooled is None else pooled
+            pooled = pool_tokens(text, mask) if pooled is None else pooled
             self._check("pooled text", pooled, self.pooled_width)
             given["added_cond_kwargs"] = {
                 "text_embeds": pooled,
@@ -291,12 +291,13 @@ class Conditioning(nn.Module):
             )
 
 
-def mean_of_tokens(text: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean (B, C) of the real tokens of (B, L, C): the pooled text of encoders that give none."""
-    if mask is None:
-        return text.mean(dim=1)
-    real = mask[:, :, None].to(text)
-    return (text * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
+def pool_tokens(text: Tensor, mask: Tensor | None) -> Tensor:
+    """The pooled text (B, C) of encoders that give none, from (B, L, C): the mean of the real tokens, brought
+    to a root mean square of 1 (a mean of L tokens shrinks with L). Zeros stay zeros.
+    """
+    real = torch.ones_like(text[:, :, :1]) if mask is None else mask[:, :, None].to(text)
+    mean = (text * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
+    return nn.functional.rms_norm(mean, mean.shape[-1:], eps=1e-12)
 
 
 def predict(unet: nn.Module, z: Tensor, t: Tensor, given: Mapping[str, Any]) -> Tensor:

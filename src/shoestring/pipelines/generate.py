@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from shoestring.models.quiet import muted
+from shoestring.models.sizes import check_size
 from shoestring.pipelines.defaults import argument_names, sampling_of, scheduler_of
 from shoestring.pipelines.prompts import logger
 from shoestring.sampling.grid import grid
@@ -47,18 +48,23 @@ def generate(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    size: tuple[int, int] | None = None,
     batch_size: int = 64,
 ) -> Iterator[Picture]:
     """One picture for each (prompt, seed), in order.
 
     Each is drawn with a generator of its own, so the noise of a picture does not depend on its neighbours.
-    `steps` and `guidance` not given are the pipeline's own. Prompts that are cut are not told here, since
-    previews would tell it each time: see `warn_cut_prompts`.
+    `steps`, `guidance` and `size` (height, width in pixels) not given are the pipeline's own; raises
+    `RecipeError` for a size that it cannot draw. Prompts that are cut are not told here, since previews would
+    tell it each time: see `warn_cut_prompts`.
     """
     own = sampling_of(pipeline)
     steps = own.steps if steps is None else steps
     guidance = own.guidance if guidance is None else guidance
-    how = dict(zip(argument_names(pipeline), (steps, guidance), strict=True))
+    how: dict[str, float] = dict(zip(argument_names(pipeline), (steps, guidance), strict=True))
+    if size is not None:
+        check_size(*size, getattr(pipeline, "size_multiple", None) or pipeline.vae_scale_factor)
+        how |= {"height": size[0], "width": size[1]}
     scheduler = type(scheduler_of(pipeline)).__name__
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch_size):

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from shoestring.data.store import split_revision
 from shoestring.errors import CheckpointError, RecipeError
+from shoestring.hub import fetch_file
 from shoestring.models.quiet import muted, no_bars
 from shoestring.pipelines.defaults import IMPORTS, SAMPLING, attach_sampling, read_sampling
 from shoestring.pipelines.microdit import MicroDiTPipeline
@@ -27,7 +26,7 @@ from shoestring.pipelines.wuerstchen_published import (
     load_published,
     missing_prior,
 )
-from shoestring.storage import RunFolder, read_json
+from shoestring.storage import exported, read_json
 
 _INDEX = "model_index.json"
 _OURS = {"MicroDiTPipeline": MicroDiTPipeline, "UNetPipeline": UNetPipeline, **PIPELINES}
@@ -81,8 +80,8 @@ def _sampling_file(name: str, revision: str | None) -> Path | None:
     if (folder := Path(name)).is_dir():
         return folder / SAMPLING if (folder / SAMPLING).is_file() else None
     try:
-        return Path(hf_hub_download(name, SAMPLING, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        return fetch_file(name, SAMPLING, revision)
+    except CheckpointError:
         return None
 
 
@@ -133,17 +132,9 @@ def _load(name: str, kind: str, **kwargs: Any) -> DiffusionPipeline:
 
 def open_index(path_or_id: str | Path, revision: str | None) -> tuple[str, dict[str, Any]]:
     """(folder or hub id, its index); a run's is its newest export."""
-    name = str(path_or_id)
-    folder = Path(name)
-    if folder.is_dir() and (folder / "recipe.yaml").is_file():
-        folder = RunFolder(folder).pipeline
-        name = str(folder)
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{path_or_id}: this run has no pipeline yet; it is written at the first checkpoint. "
-                "Let `shoestring train --resume` reach one."
-            )
-    index = folder / _INDEX if folder.is_dir() else _download_index(name, revision)
+    folder = exported(path_or_id)
+    name = str(folder) if folder.is_dir() else str(path_or_id)
+    index = folder / _INDEX if folder.is_dir() else fetch_file(name, _INDEX, revision)
     if not index.is_file() and (folder / "vqgan").is_dir():
         raise CheckpointError(
             f"{path_or_id}: is Stage A of a cascade, an autoencoder, which draws no prompts. Use it as "
@@ -157,14 +148,3 @@ def open_index(path_or_id: str | Path, revision: str | None) -> tuple[str, dict[
         return name, dict(content)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: cannot be read ({error}). Export or download it again.") from error
-
-
-def _download_index(name: str, revision: str | None) -> Path:
-    try:
-        return Path(hf_hub_download(name, _INDEX, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{name}: neither a folder here nor a hub repository that can be read ({reason}). "
-            "Give a run folder, a pipeline folder or a hub id."
-        ) from error

@@ -32,6 +32,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
 from shoestring.errors import RecipeError
 from shoestring.models.autoencoders import size_multiple, spatial_factor
+from shoestring.models.sizes import check_size
 from shoestring.pipelines.memory_parts import (
     INT8_DTYPE,
     TILE,
@@ -140,7 +141,7 @@ def plan_memory(
     would help, where nothing fits.
     """
     height, width = size or (parts.size(),) * 2
-    _check_sides(parts, height, width)
+    check_size(height, width, size_multiple(parts.vae))
     kind = torch.device(device).type
     for most in halves(batch):  # a text encoder may want fewer at once than the U-Net
         job = _Job(parts, kind, height, width, most, guided)
@@ -241,12 +242,6 @@ def halves(count: int) -> Iterator[int]:
     while count >= 1:
         yield count
         count //= 2
-
-
-def _check_sides(parts: Parts, height: int, width: int) -> None:
-    multiple = size_multiple(parts.vae)
-    if height % multiple or width % multiple or min(height, width) < multiple:
-        raise RecipeError(f"size {height} x {width}: both must be multiples of {multiple} px.")
 
 
 def _too_little(job: _Job, budget: int) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from shoestring.errors import CheckpointError
+from shoestring.hub import fetch_folder
 from shoestring.models.microdit import MicroDiT
-from shoestring.storage import RunFolder, read_json
+from shoestring.storage import exported, read_json
 
 
 def load_transformer(path_or_id: str | Path) -> MicroDiT:
@@ -45,9 +44,7 @@ def load_transformer(path_or_id: str | Path) -> MicroDiT:
 
 def _find(path_or_id: str | Path) -> Path:
     """The folder that holds `transformer/`."""
-    folder = Path(path_or_id)
-    if (folder / "recipe.yaml").is_file():
-        folder = RunFolder(folder).pipeline
+    folder = exported(path_or_id)
     if (folder / "transformer" / "config.json").is_file():
         return folder
     if Path(path_or_id).exists():
@@ -55,15 +52,4 @@ def _find(path_or_id: str | Path) -> Path:
             f"{path_or_id}: no pipeline here (no model_index.json), nor a network alone "
             "(no transformer/config.json). Give a run that has a checkpoint, a pipeline folder or a hub id."
         )
-    return download(path_or_id, ["transformer/*"])
-
-
-def download(path_or_id: str | Path, patterns: list[str] | None = None) -> Path:
-    """Where the files of a hub repository that match `patterns` (all) lie; raises `CheckpointError`."""
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path_or_id}: neither a folder here nor a hub repository that can be read "
-            f"({str(error).strip().splitlines()[0]}). Give a run, a pipeline folder or a hub id."
-        ) from error
+    return fetch_folder(str(path_or_id), ["transformer/*"])

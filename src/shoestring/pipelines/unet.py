@@ -41,7 +41,7 @@ from shoestring.models.quiet import muted
 from shoestring.models.sdxl_text import SdxlTextPair
 from shoestring.models.text_encoders import TextEncoder
 from shoestring.models.unet_guidance import guidance_embedding
-from shoestring.objectives.noise import NULLS, Conditioning, mean_of_tokens, predict
+from shoestring.objectives.noise import NULLS, Conditioning, pool_tokens, predict
 from shoestring.pipelines.calls import Callback, CallState, Generators, as_decoded, check_call, first_noise
 from shoestring.pipelines.defaults import IMPORTS, Sampling, attach_sampling
 from shoestring.pipelines.prompts import Text, encode_pooled, repeat, stack_text
@@ -163,7 +163,7 @@ class UNetPipeline(CallState, DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         if not prompts:
             raise ValueError("prompt []: must hold at least one prompt.")
         (states, mask), pooled = encode_pooled(self._captions(), prompts)
-        return states, mask, mean_of_tokens(states, mask) if pooled is None else pooled
+        return states, mask, pool_tokens(states, mask) if pooled is None else pooled
 
     @torch.no_grad()
     def __call__(

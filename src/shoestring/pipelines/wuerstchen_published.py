@@ -24,12 +24,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import is_accelerate_available
-from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import ModelCard
 from torch import nn
 
 from shoestring.errors import CheckpointError, RecipeError
-from shoestring.models.autoencoders import first_line
+from shoestring.hub import ABSENT, fetch_file, fetch_folder, first_line
 from shoestring.models.checkpoint_files import SUFFIXES, read_checkpoint
 from shoestring.models.microdit import load_strictly
 from shoestring.models.quiet import muted, no_bars
@@ -67,7 +66,6 @@ _LOADABLE = (
 )
 _FILES = ("*.json", "*.txt", "*.safetensors")
 _VARIANTS = "*/*.*.safetensors"
-_ABSENT = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError)
 
 
 def is_published(index: Mapping[str, Any]) -> bool:
@@ -212,7 +210,7 @@ def load_vqgan(
         try:
             with no_bars():
                 found = PaellaVQModel.load_config(path_or_id, subfolder=subfolder, revision=revision)
-        except _ABSENT as error:
+        except ABSENT as error:
             problem = first_line(error)
             continue
         if found.get("_class_name") == PaellaVQModel.__name__:
@@ -277,14 +275,8 @@ def _folder(name: str, parts: list[str], revision: str | None, variant: str | No
     """The repository's folder, its parts downloaded where it is on the hub; variants when asked for."""
     if Path(name).is_dir():
         return Path(name)
-    try:
-        patterns = [f"{part}/{file}" for part in parts for file in _FILES]
-        others = None if variant else _VARIANTS
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=others)
-        )
-    except _ABSENT as error:
-        raise CheckpointError(f"{name}: cannot be downloaded ({first_line(error)}). Try again.") from error
+    wanted = [f"{part}/{file}" for part in parts for file in _FILES]
+    return fetch_folder(name, wanted, unwanted=None if variant else _VARIANTS, revision=revision)
 
 
 def _class(class_name: str) -> Any:
@@ -392,13 +384,10 @@ def _damaged(name: str, part: str, reason: str) -> str:
 def _named_by_card(name: str, revision: str | None) -> str | None:
     """The hub id of Stage C in a model card's `prior`, where diffusers looks too."""
     try:
-        card = (
-            Path(name, "README.md")
-            if Path(name).is_dir()
-            else hf_hub_download(name, "README.md", revision=revision)
-        )
+        here = Path(name).is_dir()
+        card = Path(name, "README.md") if here else fetch_file(name, "README.md", revision)
         named = getattr(ModelCard.load(card).data, "prior", None)
-    except (*_ABSENT, AttributeError, TypeError):  # no card, or none that can be read
+    except (*ABSENT, CheckpointError, AttributeError, TypeError):  # no card, or none that can be read
         return None
     first = named[0] if isinstance(named, list) and named else named
     return first if isinstance(first, str) else None
