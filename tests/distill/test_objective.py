@@ -19,6 +19,7 @@ from shoestring.distill.objective import DistillationObjective
 from shoestring.distill.taps import TapPair, tap_pairs
 from shoestring.errors import RecipeError
 from shoestring.interfaces import Batch
+from shoestring.models.unet_guidance import with_guidance_embedding
 from shoestring.models.unet_presets import StudentSpec
 from shoestring.models.unet_students import student_config
 from shoestring.objectives.denoising import held_out_noise
@@ -355,6 +356,12 @@ def test_unknown_words_are_refused() -> None:
         make_objective(student, teacher, timesteps="late")
     with pytest.raises(RecipeError, match=r"objective.weight_cap 5: has no effect"):
         make_objective(student, teacher, weight_cap=5.0)
+
+
+def test_a_few_step_network_is_no_teacher() -> None:
+    """Told no guidance, it would answer all the same, and teach something that nobody asked for."""
+    with pytest.raises(RecipeError, match="the network that it was distilled from"):
+        make_objective(teacher=with_guidance_embedding(make_teacher()))
 
 
 def train(objective: DistillationObjective, steps: range) -> list[float]:

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shoestring.distill.objective import number_type
+from shoestring.distill.objective import check_teacher, number_type
 from shoestring.errors import RecipeError
 from shoestring.interfaces import Batch, Loss, Objective
-from shoestring.models.unet_guidance import guidance_embedding
+from shoestring.models.unet_guidance import guidance_embedding, guidance_width
 from shoestring.objectives.denoising import held_out_noise, in_eval_mode
 from shoestring.objectives.noise import Conditioning, NoiseSchedule, drops_out, mean_square, predict
 from shoestring.runtime import full_precision, keyed_generator, keyed_normal, keyed_uniform
@@ -132,13 +132,9 @@ class LcmObjective(Objective):
         if target_decay:
             parts["target"] = copy.deepcopy(unet).requires_grad_(False)
         super().__init__(parts, {"teacher": teacher})
-        self.guidance_width = _config(unet).get("time_cond_proj_dim")
+        self.guidance_width = guidance_width(unet)
         _check(schedule, solver_steps, guidance, self.guidance_width, loss, phases)
-        if _config(teacher).get("time_cond_proj_dim") is not None:
-            raise RecipeError(
-                "teacher: takes a guidance embedding, so it is a few-step network itself and cannot be "
-                "guided. Give the network that it was distilled from."
-            )
+        check_teacher(teacher)
         self.schedule, self.conditioning, self.seed = schedule, conditioning, seed
         self.guidance, self.loss, self.huber_c = guidance, loss, huber_c
         self.sigma_data, self.timestep_scaling = sigma_data, timestep_scaling
@@ -262,11 +258,6 @@ class LcmObjective(Objective):
     def _nearest(self, log_sigma: Tensor) -> Tensor:
         """The step (B,) of the grid whose time is nearest to that of each noise level."""
         return (self.schedule.nearest(log_sigma)[:, None] - self.grid).abs().argmin(dim=1)
-
-
-def _config(unet: nn.Module) -> Mapping[str, Any]:
-    config: Mapping[str, Any] = unet.config  # type: ignore[assignment]
-    return config
 
 
 def _check(

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from shoestring.distill.taps import TapPair, Taps, check_gradients
 from shoestring.errors import RecipeError
 from shoestring.interfaces import Batch, Loss, Objective
+from shoestring.models.unet_guidance import guidance_width
 from shoestring.objectives.denoising import held_out_noise, in_eval_mode
 from shoestring.objectives.noise import (
     Conditioning,
@@ -72,6 +73,7 @@ class DistillationObjective(Objective):
     The teacher may be of any floating type, or of 8-bit weights: it computes in its own type, whatever
     `autocast` says. It is not asked at all where output and feature losses have no weight. Without `pairs`
     there is no feature loss. `weight` (`objectives/noise.py`) holds for task and output loss.
+    Raises `RecipeError` for settings that do not fit together and for a few-step teacher.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class DistillationObjective(Objective):
         sigma_data: float = 1.0,
     ) -> None:
         super().__init__({"unet": student}, {"teacher": teacher})
+        check_teacher(teacher)
         check_weight(weight, weight_cap)
         for name, value, known in (
             ("feature_scale", feature_scale, FEATURE_SCALES),
@@ -211,6 +214,15 @@ class DistillationObjective(Objective):
         t, noise = self.schedule.nearest(log_sigma), held_out_noise(batch)
         z = self.schedule.add_noise(batch.latents, noise, t)
         return t, noise, z, self.conditioning(batch, train=False)
+
+
+def check_teacher(teacher: nn.Module) -> None:
+    """Raise `RecipeError` for a network that is told the guidance scale, as few-step ones are."""
+    if guidance_width(teacher) is not None:
+        raise RecipeError(
+            "teacher: takes a guidance embedding, so it is a few-step network itself, with no unguided "
+            "output to learn from. Give the network that it was distilled from."
+        )
 
 
 def number_type(network: nn.Module) -> torch.dtype:

@@ -10,9 +10,11 @@ pipelines fill it with an embedding of `guidance_scale - 1`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 DIMENSION = 256
 """Width of the embedding in the published latent consistency models."""
@@ -30,6 +32,13 @@ def guidance_embedding(w: Tensor, dimension: int) -> Tensor:
     angles = (w * 1000.0).float()[:, None] * frequencies  # (B, half)
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.nn.functional.pad(embedding, (0, dimension % 2))
+
+
+def guidance_width(unet: nn.Module) -> int | None:
+    """Width of the guidance embedding that a U-Net takes; None for one that is not told the scale."""
+    config: Any = unet.config
+    width: int | None = config.get("time_cond_proj_dim")
+    return width
 
 
 def with_guidance_embedding(unet: UNet2DConditionModel, dimension: int = DIMENSION) -> UNet2DConditionModel:

@@ -22,7 +22,6 @@ from shoestring.recipes.fields import (
     Text,
     Whole,
     Width,
-    one_or_list,
 )
 
 UNetPreset = Literal[
@@ -139,18 +138,13 @@ class UNetModel(Section):
     time_scales: bool = False
 
 
-StageDepth = Annotated[
-    Annotated[Layers, Tag("one")] | Annotated[tuple[Layers, ...], Tag("list")], Discriminator(one_or_list)
-]
-
-
 class StudentModel(Section):
     """A U-Net cut from the teacher: a published cut by name, or what each key says; null is the teacher's."""
 
     kind: Literal["unet_student"] = "unet_student"
     preset: UNetPreset | None = None
     layers_per_block: Annotated[Depth, Field(le=8)] | None = None
-    depth: Annotated[tuple[StageDepth, ...], Field(min_length=1, max_length=8)] | None = None
+    depth: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=8)] | None = None
     mid: Literal["keep", "drop", "resnets"] = "keep"
     depth_map: Literal["bottom", "interleave", "top"] = "bottom"
     lora_rank: CountOrNone = 0

@@ -97,7 +97,11 @@ def _lcm_problems(recipe: Recipe, objective: LcmObjective) -> Problems:
         yield "objective.guidance", f"from {low:g} to {high:g}: give the smaller one first."
     if objective.loss == "l2" and objective.huber_c != type(objective).model_fields["huber_c"].default:
         yield "objective.huber_c", "has no effect with loss l2. Leave it out."
-    sampling = recipe.sampling
+    sampling, times = recipe.sampling, objective.solver_steps
+    steps = 1 if sampling is None else sampling.steps
+    for key, count in (("objective.phases", objective.phases), ("sampling.steps", steps)):
+        if count > times:
+            yield key, f"{count}, but the student learns {times} times alone: choose {times} at most."
     if sampling is not None and (sampling.scheduler == "tcd") != (objective.phases > 1):
         fitting = "tcd" if objective.phases > 1 else "lcm"
         yield "sampling.scheduler", f"objective.phases {objective.phases} is sampled with {fitting}."
