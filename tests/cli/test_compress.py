@@ -52,6 +52,7 @@ def test_a_pipelines_student_opens_in_the_stock_pipeline(
     assert student.unet.mid_block is None
     assert f"{count(teacher.unet):,} parameters" in said.out
     assert f"out: {count(student.unet):,} parameters" in said.out
+    assert "`teacher: sdxl` and this cut as its `model`" in said.out  # not one of the recipes' cuts
     after = tree(Path("out"))
     others = {name: content for name, content in before.items() if not name.startswith("unet/")}
     assert {name: content for name, content in after.items() if not name.startswith("unet/")} == others

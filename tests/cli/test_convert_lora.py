@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,24 @@ def test_a_few_step_student_of_a_student_takes_the_first_teachers_lora(lora: Pat
     again = ("convert-lora", "out.safetensors", "again.safetensors", "--student", "fast", "--teacher")
     assert command(*again, "student/pipeline").code == 0
     assert modules("again.safetensors") == KEPT
+
+
+def test_the_cuts_lead_to_the_network_that_the_run_has(lora: Path, command: Any) -> None:
+    """The first teacher is not what a few-step student was distilled from: nothing would be left out."""
+    run_of("student", "teacher", "{preset: null, layers_per_block: 1, depth: [1, 2, 2], mid: drop}")
+    run_of("fast", "student", "{preset: null}")
+    for run in ("student", "fast"):
+        assert command("compress", "teacher", f"{run}/pipeline/unet", *CUT).code == 0
+    config = Path("fast/pipeline/unet/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 256}))
+    told = command(
+        "convert-lora", lora, "out.safetensors", "--student", "fast", "--teacher", "teacher"
+    ).refused()
+    assert told.startswith("fast: its U-Net is not what its recipe cuts out of teacher (")
+    assert told.endswith("Give --teacher the network that it was distilled from.")
+    assert not Path("out.safetensors").exists()
+    assert command("convert-lora", lora, "out.safetensors", "--student", "fast").code == 0
+    assert modules("out.safetensors") == KEPT
 
 
 def test_a_preset_needs_no_teacher(empty: Path, command: Any) -> None:

@@ -92,7 +92,14 @@ def test_a_stopped_demo_goes_on(empty: Path, command: Any, monkeypatch: pytest.M
     ("words", "message"),
     [
         (("--set", "model.depht=2"), "--set model.depht: unknown key. Did you mean 'depth'?"),
-        (("--set", "data.store=photos"), "--set data.store: the demo is of scenes. Use shoestring train"),
+        (
+            ("--set", "data.store=photos"),
+            "--set data.store: the demo is of scenes. Use shoestring train demo --set ...",
+        ),
+        (
+            ("--system", "koala", "--set", "data.store=photos"),
+            "--set data.store: the demo is of scenes. Use shoestring train koala-demo --set ...",
+        ),
         (("--device", "tpu"), "device 'tpu': unknown."),
         (("--name", ".."), "--set name: '..' is not allowed"),
     ],

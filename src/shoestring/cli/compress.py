@@ -77,7 +77,8 @@ def compress(
     typer.echo(f"{teacher}: {cut.kind}, {cut.before:,} parameters.")
     typer.echo(f"{out}: {after:,} parameters ({share:.1%}), {place}; weights copied, nothing distilled.")
     if cut.scheduler is not None:
-        typer.echo(f"Next: shoestring train koala-700m --set teacher={teacher}, which cuts and distils.")
+        told = f"`teacher: {teacher}` and this cut as its `model`, as koala-700m has"
+        typer.echo(f"Next: distil it. A recipe cuts and distils in one: {told}.")
 
 
 @dataclass(frozen=True)

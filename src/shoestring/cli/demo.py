@@ -72,7 +72,8 @@ def demo(
     students = []
     for stage, loaded in load_stages(recipe, sets, runs).items():
         if loaded.data.scenes is None:
-            raise RecipeError("--set data.store: the demo is of scenes. Use shoestring train demo --set ...")
+            told = f"the demo is of scenes. Use shoestring train {recipe} --set ..."
+            raise RecipeError(f"--set data.store: {told}")
         run = RunFolder(runs / loaded.name)
         if run.recipe.is_file() and minutes:  # images that were fitted into minutes stay as they are
             loaded = load_recipe(run.recipe)

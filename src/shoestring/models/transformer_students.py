@@ -69,8 +69,9 @@ def cut_transformer(
     teacher_config: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
 ) -> ModelMixin:
-    """The student with its teacher's weights, in `dtype` on the CPU; memory beside it: one tensor.
+    """The student with its teacher's weights, in `dtype` on the CPU.
 
+    It is built in float32, since positions are computed then, and cast; memory beside that: one tensor.
     `teacher_config` names its class (`_class_name`), which is MicroDiT's or one of diffusers. Raises
     `CheckpointError` where the weights do not belong to it, and `RecipeError` where its blocks are not alike
     (some families build the last one otherwise) or lie elsewhere.

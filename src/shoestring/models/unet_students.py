@@ -145,7 +145,8 @@ def student_config(teacher_config: Mapping[str, Any], spec: StudentSpec) -> dict
 def teacher_key(student_key: str, spec: StudentSpec, teacher_config: Mapping[str, Any]) -> str:
     """The teacher's tensor that a student's tensor starts from; both by their names in the state dict.
 
-    Raises `RecipeError` as `student_config` does, `ValueError` for a name the student does not have.
+    Names outside of the blocks are the same in both, known or not. Raises `RecipeError` as `student_config`
+    does, `ValueError` for a block, a layer or a transformer block that the student does not have.
     """
     return _Places(spec, teacher_config).in_teacher(student_key)
 
