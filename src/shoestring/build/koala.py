@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shoestring.build.average import begin_with, read_part
-from shoestring.build.encoders import image_decoder, null_caption, text_encoder
+from shoestring.build.encoders import image_decoder, null_caption, scaling_of, text_encoder
 from shoestring.build.looks import Drawn
 from shoestring.build.student_cuts import student_spec
 from shoestring.build.systems import Networks, Opened, Part, Product, System, mismatch
@@ -23,6 +25,7 @@ from shoestring.distill.taps import tap_pairs
 from shoestring.evaluation.networks import network_rows
 from shoestring.evaluation.run import held_out_loss
 from shoestring.interfaces import MetricRow
+from shoestring.models.network_files import INDEX, find_network, read_config
 from shoestring.models.unet_guidance import with_guidance_embedding
 from shoestring.models.unet_lora_training import add_lora, lora_state, merged
 from shoestring.models.unet_students import StudentSpec, copy_weights, student_config
@@ -33,6 +36,7 @@ from shoestring.models.unet_teachers import (
     open_teacher,
 )
 from shoestring.objectives.noise import Conditioning, NoiseObjective, NoiseSchedule
+from shoestring.pipelines.defaults import Sampling, argument_names, sampling_of
 from shoestring.pipelines.load import load
 from shoestring.pipelines.unet import make_unet_pipeline
 from shoestring.recipes.architectures import StudentModel, UNetModel
@@ -46,6 +50,9 @@ from shoestring.storage import RunFolder, atomic_path
 TIME_IDS = 6
 ADAPTER = "lora"
 """Folder of a run that holds the adapter alone, where one is trained."""
+
+WALKS = 16
+"""Images whose whole way a few-step student's teacher walks: a walk is up to twice `solver_steps` passes."""
 
 Kind = TypeVar("Kind", UNetModel, StudentModel)
 
@@ -102,10 +109,14 @@ class _UNets(System[Kind]):
                 )
 
     def networks(self, phase: Phase) -> dict[str, nn.Module]:
-        with self.initialising():
-            unet = UNet2DConditionModel.from_config(self.config)
+        unet = self.unet()
         unet.boundary = (unet.conv_in, unet.conv_out)  # for the optimiser
         return {"unet": unet}
+
+    def unet(self) -> Any:
+        """The network to be trained, with fresh weights."""
+        with self.initialising():
+            return UNet2DConditionModel.from_config(self.config)
 
     def product(self, networks: Networks) -> Product:
         return Drawn(self, self.pipeline(networks), ("unet",))
@@ -147,6 +158,7 @@ class _UNets(System[Kind]):
             size=recipe.phases[-1].size,
             max_tokens=self.store.max_tokens,
             pad=self.store.pad,
+            **scaling_of(recipe, self.store),
         )
 
 
@@ -226,18 +238,52 @@ class StudentSystem(_UNets[StudentModel]):
     def config(self) -> dict[str, Any]:
         return student_config(self.teacher.config, self.spec)
 
+    def check(self) -> None:
+        super().check()
+        self._check_latents()
+        if self.few_steps:
+            self._check_null()
+
+    def _check_latents(self) -> None:
+        """Raise `RecipeError` where latents are scaled otherwise than the teacher learned them."""
+        keys = ("latents_mean", "latents_std")
+        ours, theirs = (
+            None if given.get(keys[0]) is None else torch.tensor([given[key] for key in keys])
+            for given in (scaling_of(self.recipe, self.store), self._around_teacher)
+        )
+        if ours is theirs is None:
+            return
+        if ours is None or theirs is None or not torch.allclose(ours, theirs, rtol=0.01, atol=0.01):
+            told = "on the autoencoder's own scale. Set it to autoencoder."
+            if theirs is not None:
+                told = f"with the {' and '.join(keys)} of its pipeline. Use its run's store and `normalise`."
+            raise mismatch(
+                self.recipe,
+                "data.normalise",
+                f"{self.recipe.data.normalise} does not fit the teacher, which learned latents {told}",
+            )
+
+    def _check_null(self) -> None:
+        """Raise `RecipeError` where the teacher would be guided against another null caption than its own."""
+        null, theirs = self.recipe.objective.null_caption, _null_of(self._around_teacher)  # type: ignore[union-attr]
+        if theirs is not None and theirs != null:
+            raise mismatch(
+                self.recipe,
+                "objective.null_caption",
+                f"{null}, but the teacher's pipeline is guided against {theirs}. Set it to {theirs}.",
+            )
+
     def facts(self) -> dict[str, str]:
         return {"teacher": self.teacher.identity}
 
-    def networks(self, phase: Phase) -> dict[str, nn.Module]:
-        networks = super().networks(phase)
-        section = self.recipe.objective
+    def unet(self) -> Any:
+        unet, section = super().unet(), self.recipe.objective
         if isinstance(section, LcmSection) and section.embed_guidance:
-            networks["unet"] = with_guidance_embedding(networks["unet"])
+            unet = with_guidance_embedding(unet)
         if self.model.lora_rank:
             with self.initialising():
-                add_lora(networks["unet"], self.model.lora_rank)
-        return networks
+                add_lora(unet, self.model.lora_rank)
+        return unet
 
     def begin(self, networks: Networks) -> None:
         if self.recipe.init:  # a student of another run, plain where this one gets an adapter or an embedding
@@ -263,60 +309,122 @@ class StudentSystem(_UNets[StudentModel]):
         """The task's loss, and how far the student's output is from the teacher's, where that is at hand."""
         rows = super().held_out_rows(parts, split, size, device)
         objective: Any = parts[0].objective
-        looking = any(weight.is_meta for weight in objective.frozen.parameters())
-        if looking or isinstance(self.recipe.objective, LcmSection):  # a few-step student's is a whole walk
+        if any(weight.is_meta for weight in objective.frozen.parameters()):  # the run is looked at
             return rows
         settings = self.recipe.evaluation
-        (cut,) = self.parts({"unet": self._cut()})
-        beside: dict[str, Any] = {"teacher_error": objective, "cut_teacher_error": cut.objective.to(device)}
+        images, beside = settings.loss_images, {"teacher_error": objective}
+        if self.few_steps:
+            images = min(images, WALKS)
+        else:
+            (cut,) = self.parts({"unet": self._cut})
+            beside["cut_teacher_error"] = cut.objective.to(device)
         for name, each in beside.items():
-            batches = (batch.to(device) for batch in self.held_out(split, size, settings.loss_images))
+            batches = (batch.to(device) for batch in self.held_out(split, size, images))
             found = held_out_loss(each.teacher_error_at, batches, settings.loss_levels, split=split)
             rows += [MetricRow(**{**row, "metric": name}) for row in found]
         return rows
 
     def references(self) -> Iterator[tuple[str, DiffusionPipeline]]:
-        """The teacher, and the student as it is cut, before it has learned anything."""
-        yield "teacher", self.pipeline({"unet": load_unet(str(self.recipe.teacher))})
-        yield "cut", self.pipeline({"unet": self._cut()})
+        """The teacher, and the student as it is cut, before it has learned anything.
+
+        The teacher draws with the scheduler, steps and guidance of its own pipeline; without one, as the
+        student does, if that takes many steps. A few-step student was not cut, and nothing else draws as it.
+        """
+        if self._around_teacher or not self.few_steps:
+            yield "teacher", self._teachers_pipeline()
+        if not self.few_steps:
+            yield "cut", self.pipeline({"unet": self._cut})
+
+    def _teachers_pipeline(self) -> Any:
+        pipeline: Any = self.pipeline({"unet": self._plain_teacher})
+        if not self._around_teacher:
+            return pipeline
+        parts = [
+            name
+            for name, value in self._around_teacher.items()
+            if name != "scheduler" and isinstance(value, list) and isinstance(value[0], str)
+        ]
+        own: Any = load(str(self.recipe.teacher), **dict.fromkeys(parts))  # without its networks
+        pipeline.register_modules(scheduler=own.scheduler)
+        return _Paced(pipeline, sampling_of(own))
 
     def network_rows(self, networks: Networks, device: torch.device) -> list[MetricRow]:
         phase = self.recipe.phases[-1]
         batch = next(self.held_out(self.held_out_split or "train", phase.size, 1)).to(device)
         told = self.conditioning()(batch, train=False)
         t = torch.full((1,), self.schedule.alphas_cumprod.numel() // 2, device=device)
-
-        def forward(network: Any) -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=network.dtype != torch.float32):
-                network(batch.latents, t, **told)
-
-        beside = {"teacher": self._loaded_teacher.to(device), "student": networks["unet"]}
-        return network_rows(beside, forward, device)
-
-    def _cut(self) -> nn.Module:
-        """A student that has learned nothing yet."""
-        networks = self.networks(self.recipe.phases[0])
-        self.begin(networks)
-        return networks["unet"].eval().requires_grad_(False)
+        beside = {"teacher": self._plain_teacher.to(device), "student": networks["unet"]}
+        return network_rows(beside, lambda network: network(batch.latents, t, **told), device)
 
     def product(self, networks: Networks) -> Product:
         return _Adapted(self, networks) if self.model.lora_rank else super().product(networks)
 
+    @property
+    def few_steps(self) -> bool:
+        """Whether the student learns to sample in few steps."""
+        return isinstance(self.recipe.objective, LcmSection)
+
+    @cached_property
+    def _around_teacher(self) -> dict[str, Any]:
+        """The index (`model_index.json`) of the pipeline around the teacher; empty where there is none."""
+        teacher = str(self.recipe.teacher)
+        if teacher.endswith(".safetensors"):
+            return {}
+        found = find_network(teacher, ["unet"])
+        return read_config(found.root / INDEX) if found.in_pipeline else {}
+
     def _teacher_for(self, student: nn.Module) -> nn.Module:
-        """The teacher's network; on shapes alone where the student is."""
-        if not next(student.parameters()).is_meta:
-            return self._loaded_teacher
-        with torch.device("meta"):
-            teacher: nn.Module = UNet2DConditionModel.from_config(self.teacher.config)
-        return teacher.eval()
+        """The teacher's network; on shapes alone where the student is, plain where that is measured."""
+        weights = list(student.parameters())
+        if weights[0].is_meta:
+            with torch.device("meta"):
+                teacher: nn.Module = UNet2DConditionModel.from_config(self.teacher.config)
+            return teacher.eval()
+        learns = any(weight.requires_grad for weight in weights)
+        return self._loaded_teacher if learns else self._plain_teacher
 
     @cached_property
     def _loaded_teacher(self) -> nn.Module:
+        """The teacher in the number type that the recipe trains with."""
         section: Any = self.recipe.objective
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         own = section.teacher_dtype in {"auto", "int8"}
         dtype = pick_dtype(self.recipe.train.dtype if own else section.teacher_dtype, where)
         return load_unet(str(self.recipe.teacher), dtype=dtype, int8=section.teacher_dtype == "int8")
+
+    @cached_property
+    def _plain_teacher(self) -> Any:
+        """The teacher in float32, to be measured: read once, and held as long as this system."""
+        return load_unet(str(self.recipe.teacher))
+
+    @cached_property
+    def _cut(self) -> nn.Module:
+        """A student that has learned nothing, to be measured: made once, and held as long as this system."""
+        networks = self.networks(self.recipe.phases[0])
+        self.begin(networks)
+        return networks["unet"].eval().requires_grad_(False)
+
+
+def _null_of(index: Mapping[str, Any]) -> str | None:
+    """What a pipeline guides against without a negative prompt, by its index; None where it does not say."""
+    kind = str(index.get("_class_name"))
+    if kind.startswith("StableDiffusionXL"):
+        return "zeros" if index.get("force_zeros_for_empty_prompt", True) else "empty"
+    return "empty" if kind.startswith("StableDiffusion") else index.get("null")
+
+
+class _Paced:
+    """A pipeline that draws with these steps and this guidance, whatever is asked of the run beside it."""
+
+    def __init__(self, pipeline: DiffusionPipeline, sampling: Sampling) -> None:
+        self._pipeline: Any = pipeline
+        self._own = dict(zip(argument_names(pipeline), astuple(sampling), strict=True))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def __call__(self, prompts: list[str], **asked: Any) -> Any:
+        return self._pipeline(prompts, **{**asked, **self._own})
 
 
 class _Adapted:
@@ -327,15 +435,20 @@ class _Adapted:
         self.drawn = Drawn(system, system.pipeline({"unet": merged(self.unet)}), ("unet",))
 
     def export(self, run: RunFolder) -> None:
-        self._fold()
-        self.drawn.export(run)
+        with self._folded():
+            self.drawn.export(run)
         state: dict[str, Tensor] = lora_state(self.unet)
         with atomic_path(run.root / ADAPTER / "pytorch_lora_weights.safetensors") as aside:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside)
 
     def preview(self, run: RunFolder, images: int, device: torch.device) -> str:
-        self._fold()
-        return self.drawn.preview(run, images, device)
+        with self._folded():
+            return self.drawn.preview(run, images, device)
 
-    def _fold(self) -> None:
-        self.drawn.pipeline.register_modules(unet=merged(self.unet))
+    @contextmanager
+    def _folded(self) -> Iterator[None]:
+        """Within: the pipeline has the adapter of the moment folded in; it holds no weights otherwise."""
+        unet: Any = self.drawn.pipeline.unet
+        unet.load_state_dict(merged(self.unet).state_dict(), assign=True)
+        yield
+        unet.to_empty(device="meta")

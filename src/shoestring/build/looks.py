@@ -24,6 +24,8 @@ from shoestring.storage import RunFolder, write_json
 from shoestring.training.tracking import Record
 
 PREVIEWS = 8
+PREVIEW_PIXELS = 1024**2
+"""Of previews drawn at once: decoding is what takes memory, some 4 GB for as many in float32."""
 
 
 class Exhibit:
@@ -101,7 +103,8 @@ class Drawn:
         prompts = list(recipe.train.preview_prompts or held_out_captions(store, PREVIEWS))
         seeds = [keyed_seed(recipe.seed, "preview") + i for i in range(len(prompts))]
         self.pipeline.to(device)
-        pictures = list(generate(self.pipeline, prompts, seeds))
+        at_once = max(1, PREVIEW_PIXELS // max(phase.size for phase in recipe.phases) ** 2)
+        pictures = list(generate(self.pipeline, prompts, seeds, batch_size=at_once))
         for name, component in self.pipeline.components.items():  # needed for pictures alone
             if isinstance(component, nn.Module) and name not in self.changing:
                 component.to("cpu")

@@ -36,8 +36,8 @@ def network_rows(
         for name, network in networks.items():
             started = time.perf_counter()
             forward(network)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             taken[name].append(time.perf_counter() - started)
     return [*rows, *(_row("forward_ms", name, 1000 * median(times)) for name, times in taken.items())]
 

@@ -40,8 +40,9 @@ def students(run: RunFiles) -> str:
             lines.append([f"scene accuracy, {words(split)}", *cells])
     note = (
         '<p class="soft">Before distillation is the student with the weights it was cut with. The error is '
-        "the mean square between the two networks' outputs on held-out images. One forward pass of one "
-        "picture; intervals are 95 %.</p>"
+        "the mean square between the two networks' outputs on held-out images; of a few-step student, "
+        "between where one pass of it and the teacher's guided walk end. One forward pass of one picture; "
+        "intervals are 95 %.</p>"
     )
     body = table(["", *COLUMNS], lines, {1, 2, 3})
     return f'<section><h2>Beside its teacher</h2>{note}<div class="card">{body}</div></section>'
