@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from shoestring.errors import CheckpointError
 from shoestring.models.network_files import components, download_file, find_network
+from tests.pipelines.test_unet import scenes
 
 COMMIT = "0123456789" * 4
 
@@ -94,13 +96,14 @@ def repository(sdxl_folder: Path, tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def hub(repository: Path) -> Iterator[str]:
-    """The address of a hub that holds it as owner/name."""
+@contextmanager
+def served(repository: Path) -> Iterator[dict[str, str]]:
+    """Within: what tells a process of a hub that holds a folder as owner/name, and of an empty cache."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, repository))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    address, home = f"http://127.0.0.1:{server.server_port}", repository.parent / "home"
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(home)}
     finally:
         server.shutdown()
         server.server_close()
@@ -124,17 +127,16 @@ print(json.dumps({"part": found.part, "first": first, "names": names, "parts": p
 """
 
 
-def test_of_a_repository_no_more_is_downloaded_than_is_used(
-    hub: str, repository: Path, tmp_path: Path
-) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+def test_of_a_repository_no_more_is_downloaded_than_is_used(repository: Path) -> None:
+    with served(repository) as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     network = {
@@ -174,6 +176,17 @@ def test_without_a_connection_an_earlier_download_is_taken(
     for asked in (partial(find_network, "owner/other"), partial(find_network, "owner/name", revision="v2")):
         with pytest.raises(CheckpointError, match="neither a folder here nor a hub repository"):
             asked()
+
+
+def test_settings_of_a_pipeline_are_no_parts_of_it(tmp_path: Path) -> None:
+    """Lists among them: statistics of its latents, of two channels even, and diffusers' own of files."""
+    pipeline = scenes(latents_mean=[0.1, -0.2, 0.3], latents_std=[1.0, 2.0, 3.0])
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    odd = {"sides": [16, 16], "nothing": [], "_ignore_files": ["a.bin", "b.bin"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index | odd))
+    there = {name for name, part in pipeline.components.items() if part is not None}
+    assert set(components(find_network(tmp_path))) == there - {"unet"}
 
 
 def test_a_file_that_is_nowhere_is_refused() -> None:

@@ -28,7 +28,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from shoestring.errors import CheckpointError, OutputError
 from shoestring.models.unet_lora import remap, remap_lora
-from shoestring.models.unet_lora_names import kohya_name, sgm_names, weight_shapes, written_names
+from shoestring.models.unet_lora_names import kohya_name, weight_shapes, written_names
+from shoestring.models.unet_original import original_names
 from shoestring.models.unet_students import (
     SDXL,
     StudentSpec,
@@ -157,7 +158,7 @@ def text_matrices() -> dict[str, tuple[Tensor, Tensor, float]]:
 def kohya_file(path: Path, config: Mapping[str, Any] = TEACHER, *, sgm: bool, text: bool = True) -> Path:
     """A LoRA on everything, as kohya's scripts write it: SGM names for SDXL, diffusers' for SD."""
     made = matrices(config)
-    names = sgm_names(made) if sgm else {name: name for name in made}
+    names = original_names(made) if sgm else {name: name for name in made}
     tensors = {}
     for module, (down, up, alpha) in made.items():
         stem = f"lora_unet_{names[module].replace('.', '_')}"
@@ -386,7 +387,7 @@ def test_a_usual_sdxl_lora_on_koala(tmp_path: Path, preset: str, kept: int) -> N
     inside = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
     chosen = {name: shape for name, shape in sdxl_modules().items() if name.endswith(inside)}
     assert len(chosen) == 722
-    numbered = sgm_names(sdxl_modules())
+    numbered = original_names(sdxl_modules())
     tensors = {}
     for name, (rows, columns) in chosen.items():
         stem = f"lora_unet_{numbered[name].replace('.', '_')}"

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoestring.errors import CheckpointError
+from shoestring.models.network_files import damaged
 from shoestring.storage import atomic_path
 
 SAFETENSORS = ".safetensors"
@@ -52,9 +53,7 @@ def read_checkpoint(path: Path) -> Any:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: not a whole safetensors file ({error}). Download or export it again."
-            ) from error
+            raise damaged(path, error) from error
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # else as torch 1.5 and before wrote: cannot be mapped
     try:

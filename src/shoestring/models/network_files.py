@@ -134,9 +134,7 @@ def components(found: NetworkFolder, *, revision: str | None = None) -> list[str
     The network itself is not among them. Raises `CheckpointError` where one is missing.
     """
     index = read_config(found.root / INDEX)
-    parts = [
-        name for name, value in index.items() if isinstance(value, list) and value[0] and name != found.part
-    ]
+    parts = [name for name in index_parts(index) if name != found.part]
     if not Path(found.given).is_dir():
         _download_parts(found.given, parts, revision)
     for name in parts:
@@ -146,6 +144,18 @@ def components(found: NetworkFolder, *, revision: str | None = None) -> list[str
                 "Export or download it again."
             )
     return parts
+
+
+def index_parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The parts in a pipeline's index, {name: (library, class)}: no settings, and none left out (null)."""
+    return {
+        name: (value[0], value[1])
+        for name, value in index.items()
+        if isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(each, str) for each in value)
+        and not name.startswith("_")  # where diffusers says how, such as a class of one's own
+    }
 
 
 def download_file(name: str, revision: str | None = None) -> Path:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shoestring.errors import CheckpointError, OutputError
+from shoestring.models.network_files import open_safetensors
 from shoestring.models.unet_lora_names import (
     DOWN,
     PARTS,
@@ -130,14 +130,9 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path}: not a .safetensors file. Save the LoRA as one with the program that made it."
         )
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}). Download or export it again."
-        ) from error
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return tensors, file.metadata() or {}
 
 
 def adapters_in(

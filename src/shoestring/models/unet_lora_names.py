@@ -6,14 +6,14 @@
     kohya for SDXL    lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight
 
 kohya's names have underscores for dots, and cannot be read back by themselves: they are looked up in a table
-made from the modules that the U-Net has. SDXL's are those of Stability's own code ("SGM"), where layers are
-numbered through.
+made from the modules that the U-Net has. SDXL's are those of its original layout, of Stability's own code
+("SGM"), where layers are numbered through.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from shoestring.models.unet_original import original_names
 from shoestring.models.unet_students import arguments
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -49,21 +50,6 @@ _KOHYA_CLIP = re.compile(
     r"text_model_encoder_layers_(\d+)_(self_attn|mlp)_(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 )
 _OLD_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-
-_SGM_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_SGM_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
 
 
 @dataclass(frozen=True)
@@ -109,7 +95,7 @@ def place_of(key: str, modules: Mapping[str, str]) -> Place | None:
 def written_names(modules: Iterable[str]) -> dict[str, str]:
     """Every way to write the U-Net's `modules` -> the module: with dots, kohya's, kohya's for SDXL."""
     modules = list(modules)
-    numbered = sgm_names(modules)
+    numbered = original_names(modules)
     table = {module: module for module in modules}
     table |= {module.removesuffix(".0"): module for module in modules if module.endswith(".to_out.0")}
     table |= {numbered[module].replace(".", "_"): module for module in modules}
@@ -124,60 +110,11 @@ def kohya_name(part: str, module: str, *, several: bool) -> str:
     the other.
     """
     if part == "unet":
-        dotted = _SGM_OUTSIDE[module] if module.startswith("add_embedding.linear") else module
+        dotted = original_names([module])[module] if module.startswith("add_embedding.linear") else module
         return f"lora_unet_{dotted.replace('.', '_')}"
     inside = module if module.startswith(("text_model.", "text_projection")) else f"text_model.{module}"
     prefix = "lora_te2" if part == "text_encoder_2" else "lora_te1" if several else "lora_te"
     return f"{prefix}_{inside.replace('.', '_')}"
-
-
-def sgm_names(modules: Iterable[str]) -> dict[str, str]:
-    """diffusers' names of a U-Net's modules -> names in Stability's code, both with dots.
-
-    Layers are numbered through: `input_blocks` 0 is `conv_in`, then come each stage's layers and its
-    downsampler; `output_blocks` are layers alone, the last of a stage with the upsampler in it.
-    """
-    modules = list(modules)
-    places = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    places["mid_block.attentions.0"] = "middle_block.1"
-    count = 1
-    for stage, inside in _stages(modules, "down_blocks"):
-        layers = sum(part.startswith("resnets.") for part in inside)
-        for k in range(layers):
-            places[f"{stage}.resnets.{k}"] = f"input_blocks.{count + k}.0"
-            places[f"{stage}.attentions.{k}"] = f"input_blocks.{count + k}.1"
-        places[f"{stage}.downsamplers.0"] = f"input_blocks.{count + layers}.0"
-        count += layers + ("downsamplers.0" in inside)
-    count = 0
-    for stage, inside in _stages(modules, "up_blocks"):
-        layers = sum(part.startswith("resnets.") for part in inside)
-        for k in range(layers):
-            places[f"{stage}.resnets.{k}"] = f"output_blocks.{count + k}.0"
-            places[f"{stage}.attentions.{k}"] = f"output_blocks.{count + k}.1"
-        slot = 2 if "attentions.0" in inside else 1
-        places[f"{stage}.upsamplers.0"] = f"output_blocks.{count + layers - 1}.{slot}"
-        count += layers
-    return {module: _sgm_name(module, places) for module in modules}
-
-
-def _stages(modules: Iterable[str], side: str) -> Iterator[tuple[str, set[str]]]:
-    """(`down_blocks.1`, {`resnets.0`, `attentions.0`, ...}) for each stage of one side."""
-    stages: dict[int, set[str]] = {}
-    for name in modules:
-        if name.startswith(f"{side}."):
-            stage, *inside = name.split(".")[1:4]
-            stages.setdefault(int(stage), set()).add(".".join(inside))
-    return ((f"{side}.{stage}", stages[stage]) for stage in sorted(stages))
-
-
-def _sgm_name(module: str, places: Mapping[str, str]) -> str:
-    part = next((part for part in places if module.startswith(f"{part}.")), None)
-    if part is None:
-        return _SGM_OUTSIDE.get(module, module)
-    inside = module.removeprefix(f"{part}.")
-    if ".downsamplers." in module:
-        inside = "op"
-    return f"{places[part]}.{_SGM_RESNET.get(inside, inside)}"
 
 
 def _kohya_clip(name: str) -> str | None:

@@ -1,6 +1,6 @@
 """U-Nets in the layout they were first published in, one file for a whole Stable Diffusion: names and kinds.
 
-diffusers                      original, below `model.diffusion_model.`
+diffusers, L layers a block    original, below `model.diffusion_model.`
 down_blocks.i, layer k         input_blocks.n, n = 1 + i (L + 1) + k: .0 its ResNet, .1 its attention
 down_blocks.i.downsamplers.0   input_blocks.n.0.op, n = 1 + i (L + 1) + L
 mid_block                      middle_block: .0 ResNet, .1 attention, .2 ResNet
@@ -10,7 +10,7 @@ up_blocks.i.upsamplers.0       the last place of output_blocks.n, n = i (L + 1) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from shoestring.errors import CheckpointError
 from shoestring.models.unet_presets import SD14, SD21, SDXL
 
-_ENDS = {
+_FIXED = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -29,6 +29,9 @@ _ENDS = {
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
 }
 _RESNET = {
     "norm1": "in_layers.0",
@@ -48,44 +51,43 @@ _V_SPREAD = 0.09
 """Spread of a bias of the last attention above which an SD 2.x predicts v: ComfyUI's rule."""
 
 
-def original_name(name: str, config: Mapping[str, Any]) -> str:
-    """The original name of a tensor of SDXL, SD 1.x or SD 2.x, given by its name in diffusers.
+def original_names(names: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of a U-Net's modules or tensors, all of them -> their names in the original layout.
 
-    `config` gives `layers_per_block` (one number) and `up_block_types`. Raises `ValueError` for a name that
-    has none.
+    The numbers depend on the layers there are, students' too; what has no place there keeps its name.
     """
-    parts = name.split(".")
-    for count in (1, 2):
-        if (end := _ENDS.get(".".join(parts[:count]))) is not None:
-            return ".".join([end, *parts[count:]])
-    try:
-        return ".".join(_in_a_block(parts, config))
-    except (LookupError, ValueError):
-        raise ValueError(f"{name}: has no place in the original layout.") from None
+    names = list(names)
+    places = dict(_FIXED)
+    for side, there, count in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
+        for stage, inside in _stages(names, side):
+            layers = sum(part.startswith("resnets.") for part in inside)
+            for k in range(layers):
+                places[f"{stage}.resnets.{k}"] = f"{there}.{count + k}.0"
+                places[f"{stage}.attentions.{k}"] = f"{there}.{count + k}.1"
+            count += layers
+            slot = 2 if "attentions.0" in inside else 1
+            places[f"{stage}.upsamplers.0"] = f"{there}.{count - 1}.{slot}"
+            places[f"{stage}.downsamplers.0.conv"] = f"{there}.{count}.0.op"
+            count += "downsamplers.0" in inside
+    return {name: _original_name(name, places) for name in names}
 
 
-def _in_a_block(parts: list[str], config: Mapping[str, Any]) -> list[str]:
-    if parts[0] == "mid_block":
-        kind, layer, rest = parts[1], int(parts[2]), parts[3:]
-        return ["middle_block", str({"resnets": 2 * layer, "attentions": 1}[kind]), *_inside(kind, rest)]
-    side, stage, kind, layer, rest = parts[0], int(parts[1]), parts[2], int(parts[3]), parts[4:]
-    row = config["layers_per_block"] + 1  # a down block's layers and its downsampler; an up block's layers
-    down = {"down_blocks": True, "up_blocks": False}[side]
-    first = (
-        ["input_blocks", str(1 + stage * row + layer)]
-        if down
-        else ["output_blocks", str(stage * row + layer)]
-    )
-    if kind == "downsamplers":
-        return ["input_blocks", str((stage + 1) * row), "0", "op", *rest[1:]]
-    if kind == "upsamplers":
-        place = 2 if config["up_block_types"][stage].startswith("CrossAttn") else 1
-        return ["output_blocks", str((stage + 1) * row - 1), str(place), *rest]
-    return [*first, {"resnets": "0", "attentions": "1"}[kind], *_inside(kind, rest)]
+def _stages(names: Iterable[str], side: str) -> Iterator[tuple[str, set[str]]]:
+    """(`down_blocks.1`, {`resnets.0`, `attentions.0`, ...}) for each stage of one side."""
+    stages: dict[int, set[str]] = {}
+    for name in names:
+        if name.startswith(f"{side}."):
+            stage, *inside = name.split(".")[1:4]
+            stages.setdefault(int(stage), set()).add(".".join(inside))
+    return ((f"{side}.{stage}", stages[stage]) for stage in sorted(stages))
 
 
-def _inside(kind: str, rest: list[str]) -> list[str]:
-    return rest if kind == "attentions" else [_RESNET[rest[0]], *rest[1:]]
+def _original_name(name: str, places: Mapping[str, str]) -> str:
+    place = next((each for each in places if name == each or name.startswith(f"{each}.")), None)
+    if place is None:
+        return name
+    first, *rest = name.removeprefix(place).removeprefix(".").split(".")
+    return ".".join(part for part in (places[place], _RESNET.get(first, first), *rest) if part)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def find_unet(
     kind, config = family[0], dict(family[1])
     with torch.device("meta"):
         own = UNet2DConditionModel(**config).state_dict()
-    theirs = {name: prefix + (original_name(name, config) if anchor == _ORIGINAL else name) for name in own}
+    written = original_names(own) if anchor == _ORIGINAL else {name: name for name in own}
+    theirs = {name: prefix + there for name, there in written.items()}
     if not prefix:  # other networks' tensors lie beside these
         tops = {name.split(".")[0] for name in theirs.values()}
         inside = {name for name in inside if name.split(".")[0] in tops}

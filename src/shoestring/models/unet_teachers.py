@@ -46,6 +46,7 @@ STABLE_DIFFUSION_SCHEDULE: dict[str, Any] = {
 """Of SD 1.x, 2.x and SDXL alike: what is taken where a U-Net comes without a scheduler."""
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What `objectives/noise.py`, a neighbour in its row, knows too."""
 
 _SAMPLED = 64
 """Values at the start of each tensor that a fingerprint reads: any training changes some of them."""
