@@ -15,6 +15,7 @@ from PIL import Image
 
 import shoestring
 from shoestring.pipelines.export import export
+from shoestring.sampling.schedulers import EDM, FLOW, NOISE
 from tests.pipelines import stock_parts as parts
 
 PROMPTS = ("a red circle", "two blue squares on white")
@@ -183,6 +184,11 @@ def test_a_file_in_the_place_of_the_folder_is_told(here: Path, command: Any) -> 
     assert (here / "taken").read_text() == "mine"
 
 
+def test_every_scheduler_is_in_the_help(command: Any) -> None:
+    told = command("sample", "--help").out
+    assert not [name for name in (*EDM, *FLOW, *NOISE) if name not in told]
+
+
 # Stock pipelines of diffusers, as a student of SDXL is exported
 
 
@@ -239,10 +245,12 @@ def test_a_prompt_too_long_for_a_stock_pipeline_is_warned_of_once(stock: Path, c
         (("--scheduler", "pndm"), "scheduler 'pndm': unknown. Use euler, ddim, dpm++, lcm, tcd."),
         (("--tiny-decoder", "student"), "--tiny-decoder student: is of class AutoencoderKL, not"),
         (("--tiny-decoder", "./none"), "autoencoder ./none: no autoencoder there"),
+        (("--scheduler", "lcm", "--steps", 60), "--steps 60: LCMScheduler has the 50 times"),
+        (("--scheduler", "tcd", "--steps", 60, "--memory", "2GiB"), "--steps 60: TCDScheduler has the 50 t"),
     ],
 )
 def test_options_that_do_not_fit_a_stock_pipeline_are_one_line(
-    options: tuple[str, ...], message: str, stock: Path, command: Any
+    options: tuple[object, ...], message: str, stock: Path, command: Any
 ) -> None:
     assert command("sample", "student", "a", *options).refused().startswith(message)
     assert not (stock / "samples").exists()

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import IFPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
 import shoestring
-from shoestring.errors import CheckpointError
+from shoestring.errors import CheckpointError, RecipeError
 from shoestring.models.autoencoders import PixelAutoencoder
 from shoestring.pipelines.defaults import SAMPLING, Sampling, draws_prompts, sampling_of
 from shoestring.pipelines.export import export
 from shoestring.pipelines.generate import generate, warn_cut_prompts
 from shoestring.pipelines.unet import make_unet_pipeline
 from shoestring.sampling.schedulers import make_noise_scheduler
+from tests.models.test_wuerstchen_autoencoder import tiny as wuerstchen
 from tests.pipelines import stock_parts as parts
+from tests.pipelines.test_unet import make as unet_pipeline
 
 PROMPTS = ["red", "a blue cat, asleep"]
 
@@ -137,6 +139,21 @@ def test_every_stock_pipeline_that_draws_has_numbers_of_its_own() -> None:
             assert sampling.guidance >= 0, kind
     assert {"StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline"} <= set(found)
     assert not [name for name in found if "ControlNet" in name or "Img2Img" in name]
+
+
+def test_sides_are_what_an_autoencoder_of_odd_cells_takes() -> None:
+    """Cells of 16/3 px, which fill multiples of 16."""
+    pipeline = unet_pipeline(parts.unet(sample_size=6), parts.hashed_text(), wuerstchen(), steps=1)
+    assert next(generate(pipeline, ["a"], [0], size=(32, 48))).image.size == (48, 32)
+    with pytest.raises(RecipeError, match="40 x 32: both must be multiples of 16; nearest to 40: 32 or 48"):
+        next(generate(pipeline, ["a"], [0], size=(40, 32)))
+
+
+def test_a_pipeline_whose_sizes_are_not_known_is_given_none() -> None:
+    pixels = IFPipeline.__new__(IFPipeline)  # on pixels: no autoencoder tells what sides must be
+    pixels.register_to_config(**dict.fromkeys(list(inspect.signature(IFPipeline.__init__).parameters)[1:]))
+    with pytest.raises(RecipeError, match=r"--size: cannot be given to a IFPipeline"):
+        next(generate(pixels, ["a"], [0], size=(64, 64)))
 
 
 def test_ours_keeps_its_numbers_in_its_configuration(tmp_path: Path) -> None:

@@ -128,6 +128,18 @@ def test_another_scheduler_keeps_the_schedule_and_the_prediction(kind: str) -> N
         assert np.isfinite(draw(pipeline, "np")).all()
 
 
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_a_few_step_network_keeps_the_times_it_was_distilled_at(name: str) -> None:
+    """4 steps of 20 times 50 apart, by the pipeline's own scheduler and by one put in its place."""
+    pipeline = PIPELINES["ours"]()
+    pipeline.scheduler = LCMScheduler(**parts.SCHEDULE, original_inference_steps=20)
+    use_scheduler(pipeline, name)
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    pipeline.scheduler.set_timesteps(8)
+    assert pipeline.scheduler.timesteps.tolist() == [999, 899, 749, 649, 499, 399, 249, 149]
+
+
 def test_a_scheduler_of_another_kind_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"'flow_euler': does not fit prediction epsilon. Use euler, ddim"):
         use_scheduler(PIPELINES["sdxl"](), "flow_euler")

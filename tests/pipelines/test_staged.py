@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from shoestring.pipelines.load import load
 from shoestring.pipelines.memory_parts import set_tile
 from shoestring.pipelines.parts import use_scheduler, use_tiny_decoder
 from shoestring.pipelines.staged import StagedPipeline
+from tests.models.test_network_files import served
 from tests.pipelines import stock_parts as parts
 from tests.pipelines.test_unet import make, scenes, sdxl, stable_diffusion
 
@@ -161,6 +163,24 @@ def test_what_is_no_such_pipeline_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "MicroDiTPipeline"}))
     with pytest.raises(RecipeError, match="is a MicroDiTPipeline; plans are made for"):
         StagedPipeline(tmp_path)
+
+
+def test_a_repository_without_safetensors_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of a hub, in one line, as from a folder."""
+    repository = tmp_path / "repository"
+    shutil.copytree(folders["sdxl"], repository)
+    for weights in [*repository.glob("*/*.safetensors")]:
+        weights.rename(weights.with_suffix(".bin"))
+    with served(repository) as environment:
+        words = ("sample", "owner/name", "a cat", "--memory", "2GiB", "--out", str(tmp_path / "out"))
+        done = subprocess.run(
+            [sys.executable, "-m", "shoestring", *words], env=environment, capture_output=True, text=True
+        )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: owner/name: a part of the pipeline is missing or damaged (")
+    assert "safetensors" in line
+    assert len(line) < 400
 
 
 PEAK = """

@@ -15,7 +15,7 @@ from shoestring.sampling.schedulers import (
     EDM,
     FLOW,
     NOISE,
-    NOISE_PREDICTIONS,
+    check_steps,
     make_noise_scheduler,
     make_scheduler,
 )
@@ -97,6 +97,23 @@ def test_lcm_takes_its_times_from_the_fifty_it_is_distilled_on() -> None:
     assert set(scheduler.timesteps.tolist()) <= {20 * k - 1 for k in range(1, 51)}
 
 
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+@pytest.mark.parametrize("most", [8, 50])
+def test_few_step_schedulers_take_as_many_steps_as_they_have_times(name: str, most: int) -> None:
+    """diffusers takes as many too, and no more."""
+    scheduler: Any = make_noise_scheduler(
+        name, {**SDXL, "original_inference_steps": most}, prediction="epsilon"
+    )
+    check_steps(scheduler, most)
+    scheduler.set_timesteps(most)
+    assert scheduler.timesteps.tolist() == [k * (1000 // most) - 1 for k in range(most, 0, -1)]
+    with pytest.raises(RecipeError, match=f"--steps {most + 1}: .* has the {most} times .* Use 1 to {most}"):
+        check_steps(scheduler, most + 1)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        scheduler.set_timesteps(most + 1)
+    check_steps(make_noise_scheduler("euler", SDXL, prediction="epsilon"), most + 1)
+
+
 @pytest.mark.parametrize("name", NOISE)
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_the_schedule_trained_on_is_kept(name: str, zero_snr: bool) -> None:
@@ -133,7 +150,7 @@ def test_another_samplers_settings_are_left_behind_and_clipping_is_kept() -> Non
 
 
 @pytest.mark.parametrize("name", sorted(set(NOISE) - {"tcd"}))  # which ends at t = 0, not quite the picture
-@pytest.mark.parametrize("prediction", NOISE_PREDICTIONS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_on_data_of_one_picture_every_scheduler_ends_at_it(name: str, prediction: str, steps: int) -> None:
     """The exact network for such data is known: x_0 is the picture, whatever z and t."""

@@ -38,7 +38,7 @@ def sample(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="edm_heun, edm_euler, edm_dpm; flow_euler, flow_heun; of a U-Net euler, ddim, dpm++, lcm."
+            help="edm_heun, edm_euler, edm_dpm; flow_euler, flow_heun; U-Net: euler, ddim, dpm++, lcm, tcd."
         ),
     ] = None,
     tiny_decoder: Annotated[
@@ -131,8 +131,7 @@ def _staged(order: _Order, memory: str) -> Iterator[Picture]:
     pipeline = StagedPipeline(order.model, scheduler=order.scheduler, tiny_decoder=order.tiny_decoder)
     most = min(order.batch, len(order.prompts))
     plan = pipeline.plan(budget, device=order.device, batch=most, guidance=order.guidance, size=order.size)
-    typer.echo(str(plan))
-    return pipeline.generate(
+    pictures = pipeline.generate(
         plan,
         order.prompts,
         order.seeds,
@@ -140,6 +139,8 @@ def _staged(order: _Order, memory: str) -> Iterator[Picture]:
         guidance=order.guidance,
         tell=lambda line: typer.echo(line, err=True),
     )
+    typer.echo(str(plan))
+    return pictures
 
 
 def _sides(text: str) -> tuple[int, int]:

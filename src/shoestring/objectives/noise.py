@@ -41,6 +41,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 WEIGHTS = ("none", "min_snr", "x0", "edm")
 MIN_SNR_CAP = 5.0
 NULLS = ("zeros", "empty")
+TIME_IDS = 6
+"""Numbers that SDXL's kind is told of a picture: see `Conditioning`."""
 
 _FAR = 20.0  # log sigma beyond any float32 schedule's, in place of infinity where distances are taken
 
@@ -238,7 +240,7 @@ class Conditioning(nn.Module):
         self.text_width = _text_width(config)
         self.pooled_width = None
         if self.text_time:
-            ids = 6 * config["addition_time_embed_dim"]
+            ids = TIME_IDS * config["addition_time_embed_dim"]
             self.pooled_width = config["projection_class_embeddings_input_dim"] - ids
         self.register_buffer("null_text", null_text, persistent=False)
         self.register_buffer("null_pooled", null_pooled, persistent=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from shoestring.errors import RecipeError
 from shoestring.models.quiet import muted
 from shoestring.models.sizes import check_size
 from shoestring.pipelines.defaults import argument_names, sampling_of, scheduler_of
 from shoestring.pipelines.prompts import logger
 from shoestring.sampling.grid import grid
+from shoestring.sampling.schedulers import check_steps
 from shoestring.storage import atomic_path
 
 CRISP_SIDE = 128
@@ -55,25 +58,44 @@ def generate(
 
     Each is drawn with a generator of its own, so the noise of a picture does not depend on its neighbours.
     `steps`, `guidance` and `size` (height, width in pixels) not given are the pipeline's own; raises
-    `RecipeError` for a size that it cannot draw. Prompts that are cut are not told here, since previews would
-    tell it each time: see `warn_cut_prompts`.
+    `RecipeError` for a size or a number of steps that it cannot draw with. Prompts that are cut are not told
+    here, since previews would tell it each time: see `warn_cut_prompts`.
     """
     own = sampling_of(pipeline)
     steps = own.steps if steps is None else steps
     guidance = own.guidance if guidance is None else guidance
     how: dict[str, float] = dict(zip(argument_names(pipeline), (steps, guidance), strict=True))
     if size is not None:
-        check_size(*size, getattr(pipeline, "size_multiple", None) or pipeline.vae_scale_factor)
+        check_size(*size, _size_multiple(pipeline))
         how |= {"height": size[0], "width": size[1]}
-    scheduler = type(scheduler_of(pipeline)).__name__
+    scheduler = scheduler_of(pipeline)
+    check_steps(scheduler, steps)
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-        with muted(logger.name), muted(type(pipeline).__module__, about="truncated"), muted(_TOKENIZERS):
+        with cuts_untold(pipeline):
             images = pipeline(list(prompts[part]), generator=generators, **how).images
         for image, prompt, seed in zip(images, prompts[part], seeds[part], strict=True):
-            yield Picture(image, prompt, seed, steps, guidance, scheduler)
+            yield Picture(image, prompt, seed, steps, guidance, type(scheduler).__name__)
+
+
+@contextmanager
+def cuts_untold(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Within: nothing is logged of prompts that are cut, which `warn_cut_prompts` tells once."""
+    with muted(logger.name), muted(type(pipeline).__module__, about="truncated"), muted(_TOKENIZERS):
+        yield
+
+
+def _size_multiple(pipeline: DiffusionPipeline) -> int:
+    """What sides must be multiples of, in pixels."""
+    for name in ("size_multiple", "vae_scale_factor"):  # ours; diffusers'
+        if (multiple := getattr(pipeline, name, None)) is not None:
+            return int(multiple)
+    raise RecipeError(
+        f"--size: cannot be given to a {type(pipeline).__name__}, whose sizes are not known here. "
+        "Leave it out."
+    )
 
 
 def save_png(picture: Picture, path: Path) -> None:

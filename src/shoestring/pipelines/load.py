@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -11,7 +14,8 @@ from diffusers.utils import is_accelerate_available
 
 from shoestring.data.store import split_revision
 from shoestring.errors import CheckpointError, RecipeError
-from shoestring.hub import fetch_file
+from shoestring.hub import fetch_file, first_line
+from shoestring.models.network_files import INDEX
 from shoestring.models.quiet import muted, no_bars
 from shoestring.pipelines.defaults import IMPORTS, SAMPLING, attach_sampling, read_sampling
 from shoestring.pipelines.microdit import MicroDiTPipeline
@@ -28,7 +32,6 @@ from shoestring.pipelines.wuerstchen_published import (
 )
 from shoestring.storage import exported, read_json
 
-_INDEX = "model_index.json"
 _OURS = {"MicroDiTPipeline": MicroDiTPipeline, "UNetPipeline": UNetPipeline, **PIPELINES}
 _BESIDE = "beside"
 
@@ -117,14 +120,25 @@ def _load_joined(
 def _load(name: str, kind: str, **kwargs: Any) -> DiffusionPipeline:
     pipeline_class = _OURS.get(kind, DiffusionPipeline)
     kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())  # else diffusers warns at each part
+    # diffusers writes into the tiny autoencoder's configuration what it then warns of when reading it.
+    with (
+        no_bars(),
+        muted("diffusers.configuration_utils", about="AutoencoderTiny"),
+        muted(*IMPORTS),
+        whole(name),
+    ):
+        return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
+
+
+@contextmanager
+def whole(name: str) -> Iterator[None]:
+    """Within: whatever is raised over the files of the pipeline `name` becomes a `CheckpointError`."""
     try:
-        # diffusers writes into the tiny autoencoder's configuration what it then warns of when reading it.
-        with no_bars(), muted("diffusers.configuration_utils", about="AutoencoderTiny"), muted(*IMPORTS):
-            return pipeline_class.from_pretrained(name, use_safetensors=True, **kwargs)
+        yield
     except CheckpointError:  # our pipelines', of stages that do not fit together
         raise
     except Exception as error:  # diffusers raises all kinds for files that are not what they should be
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = shorten(first_line(error), 200, placeholder=" ...")  # some name every file there is
         raise CheckpointError(
             f"{name}: a part of the pipeline is missing or damaged ({reason}). Export or download it again."
         ) from error
@@ -134,14 +148,14 @@ def open_index(path_or_id: str | Path, revision: str | None) -> tuple[str, dict[
     """(folder or hub id, its index); a run's is its newest export."""
     folder = exported(path_or_id)
     name = str(folder) if folder.is_dir() else str(path_or_id)
-    index = folder / _INDEX if folder.is_dir() else fetch_file(name, _INDEX, revision)
+    index = folder / INDEX if folder.is_dir() else fetch_file(name, INDEX, revision)
     if not index.is_file() and (folder / "vqgan").is_dir():
         raise CheckpointError(
             f"{path_or_id}: is Stage A of a cascade, an autoencoder, which draws no prompts. Use it as "
             "`model.vqgan` or `data.autoencoder` in a recipe."
         )
     if not index.is_file():
-        raise CheckpointError(f"{name}: no pipeline here (no {_INDEX}). Give a run or a pipeline folder.")
+        raise CheckpointError(f"{name}: no pipeline here (no {INDEX}). Give a run or a pipeline folder.")
     try:
         content = read_json(index)
         content["_class_name"]

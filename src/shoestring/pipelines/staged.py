@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,14 +30,14 @@ from shoestring.models.autoencoders import decode_latents, spatial_factor
 from shoestring.models.quiet import muted, no_bars
 from shoestring.models.unet_teachers import load_unet
 from shoestring.pipelines.calls import as_decoded
-from shoestring.pipelines.defaults import Sampling, sampling_of
-from shoestring.pipelines.generate import Picture, warn_cut_prompts
-from shoestring.pipelines.load import load, open_index
+from shoestring.pipelines.defaults import IMPORTS, Sampling, sampling_of, scheduler_of
+from shoestring.pipelines.generate import Picture, cuts_untold, warn_cut_prompts
+from shoestring.pipelines.load import load, open_index, whole
 from shoestring.pipelines.memory import MemoryPlan, Stage, plan_memory, require_int8
 from shoestring.pipelines.memory_parts import Parts, check_kind, read_parts, set_tile
 from shoestring.pipelines.parts import use_scheduler, use_tiny_decoder
-from shoestring.pipelines.prompts import logger
 from shoestring.pipelines.unet import UNetPipeline
+from shoestring.sampling.schedulers import check_steps
 
 _EMBEDS = {
     "StableDiffusionXLPipeline": (
@@ -65,7 +66,6 @@ _NETWORKS = {
 _TEXT = ("text_encoder", "text_encoder_2")
 _DECODE = ("vae", "safety_checker")
 
-_TOKENIZERS = "transformers.tokenization_utils_base"  # which says when a prompt is cut; we say it once
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LARGE = 2**20
 
@@ -85,8 +85,8 @@ class StagedPipeline:
     """A pipeline with a U-Net, opened without its weights: each stage loads what it runs and lets it go.
 
     `path_or_id` is a run, a pipeline's folder or a hub id; `scheduler` and `tiny_decoder` are those of
-    `use_scheduler` and `use_tiny_decoder`. Raises `CheckpointError` where there is no pipeline, and
-    `RecipeError` for one of another kind.
+    `use_scheduler` and `use_tiny_decoder`. Raises `CheckpointError` where there is no pipeline or not all of
+    it as safetensors, and `RecipeError` for one of another kind.
     """
 
     def __init__(
@@ -95,12 +95,11 @@ class StagedPipeline:
         name, index = open_index(path_or_id, None)
         self.kind = str(index["_class_name"])
         check_kind(self.kind, path_or_id)
-        with no_bars():
-            self.folder = Path(
-                name if Path(name).is_dir() else DiffusionPipeline.download(name, use_safetensors=True)
-            )
+        self.folder = Path(name) if Path(name).is_dir() else _download(name)
         self._scheduler, self._tiny = scheduler, tiny_decoder
-        self.sampling: Sampling = sampling_of(self._load(()))
+        opened = self._load(())
+        self.sampling: Sampling = sampling_of(opened)
+        self.scheduler: SchedulerMixin = scheduler_of(opened)
 
     @cached_property
     def parts(self) -> Parts:
@@ -141,10 +140,24 @@ class StagedPipeline:
 
         Equal to it bit for bit where the plan keeps the number type, the pictures at once and a whole decode.
         All batches go through one stage before the next is loaded. `tell` gets a line for each cut prompt.
+        Raises `RecipeError` at once for more steps than its scheduler has times.
         """
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
-        if plan.device == "cpu":
+        check_steps(self.scheduler, steps)
+        return self._drawn(plan, prompts, seeds, steps, guidance, tell)
+
+    def _drawn(
+        self,
+        plan: MemoryPlan,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        tell: Tell,
+    ) -> Iterator[Picture]:
+        """Pictures by one stage after the other."""
+        if torch.device(plan.device).type == "cpu":
             return_large_blocks()
         size = plan.denoise.batch
         batches = [
@@ -152,7 +165,8 @@ class StagedPipeline:
             for start in range(0, len(prompts), size)
         ]
         batches = self._encode(plan.text, batches, guided=self.guided(guidance), tell=tell)
-        batches, scheduler = self._denoise(plan, batches, steps, guidance)
+        batches = self._denoise(plan, batches, steps, guidance)
+        scheduler = type(self.scheduler).__name__
         for batch, images in self._decode(plan, batches):
             for image, prompt, seed in zip(images, batch.prompts, batch.seeds, strict=True):
                 yield Picture(image, prompt, seed, steps, guidance, scheduler)
@@ -166,7 +180,7 @@ class StagedPipeline:
             tell(line)
         made = []
         for batch in batches:
-            with muted(logger.name), muted(type(pipeline).__module__, about="truncated"), muted(_TOKENIZERS):
+            with cuts_untold(pipeline):
                 encoded = pipeline.encode_prompt(
                     prompt=batch.prompts,
                     device=torch.device(stage.device),
@@ -180,10 +194,8 @@ class StagedPipeline:
         _release(stage.device)
         return made
 
-    def _denoise(
-        self, plan: MemoryPlan, batches: list[_Batch], steps: int, guidance: float
-    ) -> tuple[list[_Batch], str]:
-        """Latents of each batch, and the scheduler's name."""
+    def _denoise(self, plan: MemoryPlan, batches: list[_Batch], steps: int, guidance: float) -> list[_Batch]:
+        """Latents of each batch."""
         stage = plan.denoise
         kept = ("vae",) if self.kind == UNetPipeline.__name__ else ()  # whose call asks it for sizes
         pipeline = self._load(kept, stage, unet=self._unet(stage))
@@ -203,10 +215,9 @@ class StagedPipeline:
                 output_type="latent",
             ).images
             made.append(_Batch(batch.prompts, batch.seeds, latents.cpu()))
-        name = type(pipeline.scheduler).__name__
         del pipeline, latents
         _release(stage.device)
-        return made, name
+        return made
 
     def _unet(self, stage: Stage) -> UNet2DConditionModel:
         """The U-Net on the CPU, in 8-bit by diffusers' quantiser where the stage says so."""
@@ -249,6 +260,12 @@ class StagedPipeline:
         if self._tiny is not None and "vae" in wanted:
             use_tiny_decoder(pipeline, self._tiny)
         return pipeline
+
+
+def _download(name: str) -> Path:
+    """A repository's folder in the hub's cache; raises `CheckpointError` where parts are no safetensors."""
+    with no_bars(), muted(*IMPORTS), whole(name):
+        return Path(DiffusionPipeline.download(name, use_safetensors=True))
 
 
 def _pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:

@@ -104,6 +104,11 @@ class UNetPipeline(CallState, DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         """Whether the call under way evaluates the null caption too; some networks are told the scale."""
         return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
 
+    @property
+    def size_multiple(self) -> int:
+        """Sides of pictures must be multiples of this, in pixels."""
+        return size_multiple(self.vae)
+
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """A line for each prompt that is longer than the text encoder takes."""
         return self._captions().warnings(prompts)
@@ -196,7 +201,7 @@ class UNetPipeline(CallState, DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         names = callback_on_step_end_tensor_inputs
         states = embeds.get("prompt_embeds")
         known = self._callback_tensor_inputs
-        check_call(prompt, states, height, width, size_multiple(self.vae), steps, names, known)
+        check_call(prompt, states, height, width, self.size_multiple, steps, names, known)
         guidance = self.config.default_guidance if guidance_scale is None else guidance_scale
         self._guidance_scale, self._interrupt = float(guidance), False
         device = self._execution_device

@@ -23,6 +23,7 @@ from diffusers.schedulers.scheduling_tcd import TCDScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from shoestring.errors import RecipeError
+from shoestring.objectives.noise import PREDICTIONS
 from shoestring.sampling.edm_heun import EDMHeunScheduler
 
 EDM: dict[str, Callable[..., SchedulerMixin]] = {
@@ -45,12 +46,11 @@ NOISE: dict[str, Callable[..., SchedulerMixin]] = {
 }
 """For U-Nets on a schedule of betas. The last two are for networks distilled to few steps: by consistency to
 the image, and to the ends of stretches of the path."""
-NOISE_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 _TRAINED = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("rescale_betas_zero_snr", "steps_offset", "clip_sample", "clip_sample_range"),
-    *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+    *("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "original_inference_steps"),
 )
 """What a configuration says of the schedule and the range trained on; all else is the other sampler's own."""
 
@@ -75,16 +75,17 @@ def make_noise_scheduler(name: str, config: Mapping[str, Any], *, prediction: st
     """The scheduler `name` for a U-Net that predicts `prediction` ("epsilon", "v_prediction" or "sample").
 
     config   of any diffusers scheduler with betas: the noise schedule that the network was trained on
-             (betas, zero terminal SNR, offset). What it says of another sampler (spacing, Karras' sigmas) is
-             left out, and latents are clipped only where it asks for it.
+             (betas, zero terminal SNR, offset; of a few-step network, how many of its times). What it says
+             of another sampler (spacing, Karras' sigmas) is left out, and latents are clipped only where it
+             asks for it.
 
     Raises `RecipeError` for an unknown name or prediction, and for a configuration without betas.
     """
     if name not in NOISE:
         problem = f"does not fit prediction {prediction}" if name in EDM | FLOW | COSINE else "unknown"
         raise RecipeError(f"scheduler {name!r}: {problem}. Use {', '.join(NOISE)}.")
-    if prediction not in NOISE_PREDICTIONS:
-        raise RecipeError(f"prediction {prediction!r}: unknown. Use {', '.join(NOISE_PREDICTIONS)}.")
+    if prediction not in PREDICTIONS:
+        raise RecipeError(f"prediction {prediction!r}: unknown. Use {', '.join(PREDICTIONS)}.")
     if "beta_schedule" not in config:
         raise RecipeError(
             f"scheduler {name!r}: needs the noise schedule trained on (betas), which "
@@ -103,3 +104,14 @@ def make_noise_scheduler(name: str, config: Mapping[str, Any], *, prediction: st
         prediction_type=prediction,
         timestep_spacing="trailing",
     )
+
+
+def check_steps(scheduler: SchedulerMixin, steps: int) -> None:
+    """Raise `RecipeError` for more steps than there are times: `lcm` and `tcd` have those distilled at."""
+    config: Any = scheduler.config
+    most = config.get("original_inference_steps")
+    if most is not None and steps > most:
+        raise RecipeError(
+            f"--steps {steps}: {type(scheduler).__name__} has the {most} times that a network is distilled "
+            f"at. Use 1 to {most}."
+        )
