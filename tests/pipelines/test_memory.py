@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,12 @@ def test_other_sizes_are_refused_and_the_form_is_told(text: str) -> None:
 # Arithmetic
 
 
-def test_the_table_adds_up_from_published_counts() -> None:
+def test_the_table_counts_published_weights_and_tells_what_saves_most() -> None:
     values = {"sdxl": 2_567_463_684, "koala-1b": 1_161_184_324, "koala-700m": 782_822_724}
     for row in memory_table():
         assert row["unet"] == 2 * values[row["network"]]
         assert row["text"] == 2 * (123_060_480 + 694_659_840)
         assert row["vae"] == 2 * 83_653_863
-        assert row["plain"] == row["unet"] + row["text"] + row["vae"] + row["decode_full_live"]
-        assert row["staged_full"] == max(
-            row["text"], row["unet"] + row["unet_live"], row["vae"] + row["decode_full_live"]
-        )
         assert row["plain"] > row["staged_full"] >= row["staged_tiled"] >= row["int8"]
         assert row["decode_full_live"] > 3 * max(row["decode_tiled_live"], row["decode_tiny_live"])
 
@@ -204,8 +201,8 @@ def test_more_memory_never_chooses_less() -> None:
 
 
 def test_fewer_pictures_at_once_come_before_8_bits() -> None:
-    chosen = plan("koala-700m", "3GiB", tiny=True, batch=16)
-    assert 1 <= chosen.denoise.batch < 16
+    chosen = plan("koala-700m", "3GiB", tiny=True, batch=4)
+    assert 1 <= chosen.denoise.batch < 4
     assert not chosen.denoise.int8
     assert chosen.text.batch == chosen.denoise.batch
 
@@ -229,9 +226,10 @@ def test_a_cpu_draws_in_float32_where_it_fits_and_in_bfloat16_where_not() -> Non
 
 
 def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32() -> None:
-    drawn = sdxl_parts(NETWORKS["koala-700m"]())
-    drawn.vae.register_to_config(force_upcast=True)
-    chosen = plan_memory(drawn, 64 * GIB, device="cuda")
+    drawn = shapes("koala-700m")
+    vae: Any = copy.deepcopy(drawn.vae)
+    vae.register_to_config(force_upcast=True)
+    chosen = plan_memory(replace(drawn, vae=vae), 64 * GIB, device="cuda")
     assert chosen.decode.dtype == torch.float32
     assert chosen.decode.peak > plan("koala-700m", "64GiB").decode.peak
 
@@ -240,6 +238,14 @@ def test_guidance_takes_twice_the_rows() -> None:
     one, two = (plan_memory(shapes("koala-700m", True), 64 * GIB, guided=guided) for guided in (False, True))
     weights = FIXED["cpu"] + unet_bytes(shapes("koala-700m").unet, torch.float32)
     assert two.denoise.peak - weights == pytest.approx(2 * (one.denoise.peak - weights), rel=0.1)
+
+
+def test_of_several_gpus_the_chosen_one_draws() -> None:
+    """Its stages name it, and take what they take of any."""
+    second, any_gpu = (plan("koala-700m", "4GiB", device, tiny=True) for device in ("cuda:1", "cuda"))
+    assert {second.text.device, second.denoise.device, second.decode.device} == {"cuda:1"}
+    assert second.peak == any_gpu.peak
+    assert "px in 4.00 GiB on cuda:1" in str(second)
 
 
 def test_a_plan_says_itself_in_two_lines() -> None:

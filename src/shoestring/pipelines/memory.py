@@ -134,17 +134,16 @@ def plan_memory(
     batch: int = 1,
     guided: bool = True,
 ) -> MemoryPlan:
-    """The fastest plan for `batch` pictures at once or fewer that fits in `budget` bytes on a kind of device.
+    """The fastest plan for `batch` pictures at once or fewer that fits in `budget` bytes of a device.
 
-    `size` is (height, width) in pixels, the U-Net's own unless given; `guided` is classifier-free guidance,
-    which evaluates two captions a picture. Raises `RecipeError`, with the least that would do and what else
-    would help, where nothing fits.
+    `device` is "cpu", "mps", "cuda" or one of several, "cuda:1". `size` is (height, width) in pixels, the
+    U-Net's own unless given; `guided` is classifier-free guidance, which evaluates two captions a picture.
+    Raises `RecipeError`, with the least that would do and what else would help, where nothing fits.
     """
     height, width = size or (parts.size(),) * 2
     check_size(height, width, size_multiple(parts.vae))
-    kind = torch.device(device).type
     for most in halves(batch):  # a text encoder may want fewer at once than the U-Net
-        job = _Job(parts, kind, height, width, most, guided)
+        job = _Job(parts, device, height, width, most, guided)
         denoise = _first_fit(job.denoise(), budget)
         if denoise is None:
             break
@@ -184,6 +183,11 @@ class _Job:
     batch: int
     guided: bool
 
+    @property
+    def kind(self) -> str:
+        """The device's, "cuda" of "cuda:1": what the tables above go by."""
+        return torch.device(self.device).type
+
     def least(self) -> dict[str, int]:
         """Bytes that each stage takes at the least, for one picture at a time."""
         one = replace(self, batch=1)
@@ -196,17 +200,17 @@ class _Job:
     def text(self) -> Iterator[Stage]:
         """All text encoders at once, for the prompts of one batch."""
         encoders = self.parts.text
-        for dtype in DTYPES[self.device]:
+        for dtype in DTYPES[self.kind]:
             weights = sum(each.values for each in encoders) * dtype.itemsize
             live = max((each.live(self.batch, dtype) for each in encoders), default=0)
             yield Stage("text", self.device, dtype, self.batch, self.peak(weights, live))
-        if self.device != "cpu":
+        if self.kind != "cpu":
             yield Stage("text", "cpu", torch.float32, self.batch, 0)
 
     def denoise(self) -> Iterator[Stage]:
         """The U-Net at each number type, pictures at once halved to one. UNetPipeline keeps its decoder."""
         kept = count_values(self.parts.vae) if self.parts.kind == "UNetPipeline" else 0
-        for dtype, int8 in (*((dtype, False) for dtype in DTYPES[self.device]), (INT8_DTYPE, True)):
+        for dtype, int8 in (*((dtype, False) for dtype in DTYPES[self.kind]), (INT8_DTYPE, True)):
             weights = unet_bytes(self.parts.unet, dtype, int8=int8) + kept * dtype.itemsize
             widened = largest_linear(self.parts.unet, dtype) if int8 else 0
             for batch in halves(self.batch):
@@ -222,7 +226,7 @@ class _Job:
     def decode(self) -> Iterator[Stage]:
         """The decoder whole, then in tiles where it can and where they are smaller than the picture."""
         vae = self.parts.vae
-        dtype = decode_dtype(vae, DTYPES[self.device][0])
+        dtype = decode_dtype(vae, DTYPES[self.kind][0])
         weights = (count_values(vae) + self.parts.other_values) * dtype.itemsize
         tiny = isinstance(vae, AutoencoderTiny)
         can = isinstance(vae, (AutoencoderKL, AutoencoderTiny))
@@ -234,7 +238,7 @@ class _Job:
 
     def peak(self, weights: int, live: int) -> int:
         """Bytes of the device's memory."""
-        return FIXED[self.device] + weights + round(FACTOR[self.device] * live)
+        return FIXED[self.kind] + weights + round(FACTOR[self.kind] * live)
 
 
 def halves(count: int) -> Iterator[int]:

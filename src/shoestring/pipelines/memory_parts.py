@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from shoestring.errors import CheckpointError, RecipeError
 from shoestring.models.autoencoders import latent_channels, spatial_factor
+from shoestring.models.network_files import CONFIG, INDEX, index_parts, open_safetensors, read_config
 from shoestring.models.unet_presets import SDXL
 from shoestring.models.unet_students import preset_config
+from shoestring.objectives.noise import TIME_IDS
 from shoestring.pipelines.live_memory import forward_peak
-from shoestring.storage import read_json
 
 STAGED = ("StableDiffusionXLPipeline", "StableDiffusionPipeline", "UNetPipeline")
 """Pipelines whose stages run one after the other."""
@@ -119,8 +119,8 @@ def unet_inputs(
         "encoder_hidden_states": empty(rows, tokens, config.encoder_hid_dim or config.cross_attention_dim),
     }
     if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": empty(rows, pooled), "time_ids": empty(rows, 6)}
+        pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": empty(rows, pooled), "time_ids": empty(rows, TIME_IDS)}
     if config.time_cond_proj_dim is not None:
         inputs["timestep_cond"] = empty(rows, config.time_cond_proj_dim)
     return inputs
@@ -167,18 +167,17 @@ def read_parts(folder: Path, tiny: nn.Module | None = None) -> Parts:
 
     Raises `CheckpointError` for a folder that is not whole, `RecipeError` for a pipeline of another kind.
     """
-    index = _read(folder / "model_index.json")
+    index = read_config(folder / INDEX)
     kind = str(index.get("_class_name"))
     check_kind(kind, folder)
-    encoders = sorted(
-        name for name, part in index.items() if name.startswith("text_encoder") and _there(part)
-    )
+    named = index_parts(index)
+    encoders = sorted(name for name in named if name.startswith("text_encoder"))
     return Parts(
         kind,
         tuple(_text_part(folder / name) for name in encoders),
-        _on_meta(folder, index, "unet"),
-        _on_meta(folder, index, "vae") if tiny is None else tiny.to("meta"),
-        stored_values(folder / "safety_checker") if _there(index.get("safety_checker")) else 0,
+        _on_meta(folder, named, "unet"),
+        _on_meta(folder, named, "vae") if tiny is None else tiny.to("meta"),
+        stored_values(folder / "safety_checker") if "safety_checker" in named else 0,
     )
 
 
@@ -198,51 +197,45 @@ def stored_values(folder: Path) -> int:
         files = plain
     total = 0
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: not a whole safetensors file ({error}). Download or export it again."
-            ) from error
+        with open_safetensors(path) as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
         total += sum(torch.Size(shape).numel() for shape in shapes)
     return total
 
 
-def _there(part: Any) -> bool:
-    return isinstance(part, (list, tuple)) and part[0] is not None
-
-
 def _text_part(folder: Path) -> TextPart:
-    config = _read(folder / "config.json")
+    config = read_config(folder / CONFIG)
     layers = config.get("num_hidden_layers", config.get("num_layers", 0))
     return TextPart(stored_values(folder), layers, config.get("hidden_size", config.get("d_model", 0)))
 
 
-def _on_meta(folder: Path, index: Mapping[str, Any], name: str) -> Any:
+def _on_meta(folder: Path, parts: Mapping[str, tuple[str, str]], name: str) -> Any:
     """A network of diffusers' or ours, without its numbers."""
-    library, kind = index.get(name, (None, None))
-    if library != "diffusers" and not str(library).startswith("shoestring."):
-        raise CheckpointError(f"{folder}: its {name} is {library}.{kind}, which no plan is made for.")
-    config = _read(folder / name / "config.json")
+    library, kind = parts.get(name, ("", "missing"))
+    if library != "diffusers" and not library.startswith("shoestring."):
+        what = f"{library}.{kind}".removeprefix(".")
+        raise CheckpointError(f"{folder}: its {name} is {what}, which no plan is made for.")
+    config = read_config(folder / name / CONFIG)
     with torch.device("meta"):
         return getattr(importlib.import_module(library), kind).from_config(config).eval()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return {**read_json(path)}
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). Export or download it again.") from error
-
-
 def sdxl_parts(unet: Mapping[str, Any], *, tiny: bool = False) -> Parts:
-    """SDXL's pipeline around a U-Net of this configuration; `tiny` decodes with the AutoencoderTiny."""
+    """SDXL's pipeline around a U-Net of this configuration; `tiny` decodes with the AutoencoderTiny.
+
+    The decoder is one object for all, so that each way to decode is counted once.
+    """
     with torch.device("meta"):
-        vae = AutoencoderTiny() if tiny else AutoencoderKL(**SDXL_VAE)
         network = UNet2DConditionModel(**unet)
     text = (TextPart(123_060_480, 12, 768), TextPart(694_659_840, 32, 1280))
-    return Parts("StableDiffusionXLPipeline", text, network.eval(), vae.eval())
+    return Parts("StableDiffusionXLPipeline", text, network.eval(), _sdxl_decoder(tiny=tiny))
+
+
+@cache
+def _sdxl_decoder(*, tiny: bool) -> nn.Module:
+    with torch.device("meta"):
+        decoder: nn.Module = AutoencoderTiny() if tiny else AutoencoderKL(**SDXL_VAE)
+    return decoder.eval()
 
 
 NETWORKS: dict[str, Callable[[], Mapping[str, Any]]] = {
@@ -265,18 +258,18 @@ def memory_table(
 
 
 def _row(name: str, size: int, dtype: torch.dtype) -> dict[str, Any]:
-    parts, small = (sdxl_parts(NETWORKS[name](), tiny=tiny) for tiny in (False, True))
+    parts, small = sdxl_parts(NETWORKS[name]()), _sdxl_decoder(tiny=True)
     sides = (size // 8, size // 8)
     row = {
         "unet": unet_bytes(parts.unet, dtype),
         "unet_int8": unet_bytes(parts.unet, INT8_DTYPE, int8=True),
         "text": sum(each.values for each in parts.text) * dtype.itemsize,
         "vae": count_values(parts.vae) * dtype.itemsize,
-        "tiny": count_values(small.vae) * dtype.itemsize,
+        "tiny": count_values(small) * dtype.itemsize,
         "unet_live": denoise_live(parts.unet, 2, sides, dtype),
         "decode_full_live": decode_live(parts.vae, 1, (size, size), dtype),
         "decode_tiled_live": decode_live(parts.vae, 1, (size, size), dtype, TILE),
-        "decode_tiny_live": decode_live(small.vae, 1, (size, size), dtype),
+        "decode_tiny_live": decode_live(small, 1, (size, size), dtype),
     }
     drawing = row["unet"] + row["unet_live"]
     decoding = {
