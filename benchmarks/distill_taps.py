@@ -1,6 +1,6 @@
 """What should a student learn from? Every kind of tap on both cuts of one teacher, at equal images.
 
-python benchmarks/distill_taps.py [--teacher runs/koala-demo-teacher] [--runs runs] [--images 12k]
+python benchmarks/distill_taps.py [--teacher runs/koala-demo-teacher] [--runs runs] [--images 4800]
                                   [--seeds 0 1] [--cuts mid no-mid] [--taps task output ...]
                                   [--minutes M] [--device auto] [--tiny]
 
@@ -45,9 +45,10 @@ CUTS = {"mid": "keep", "no-mid": "drop"}
 """Cuts by what becomes of the middle block."""
 
 FEATURES = ("self_attention", "cross_attention", "feed_forward", "resnet", "block")
+NO_FEATURES: dict[str, Any] = {"feature_weight": 0, "feature_scale": "none", "taps": []}
 LEARNED: dict[str, dict[str, Any]] = {
-    "task": {"output_weight": 0, "feature_weight": 0, "taps": []},
-    "output": {"output_weight": 1, "feature_weight": 0, "taps": []},
+    "task": {"output_weight": 0, **NO_FEATURES},
+    "output": {"output_weight": 1, **NO_FEATURES},
     **{each: {"output_weight": 0, "taps": [each]} for each in FEATURES},
     "koala": {"output_weight": 1, "taps": ["self_attention", "outer_blocks"]},
 }
@@ -162,7 +163,7 @@ def main() -> None:
     )
     parser.add_argument("--teacher", type=Path, default=Path("runs/koala-demo-teacher"), help="its run")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
-    parser.add_argument("--images", type=parse_images, default=12_000, help="a student's training")
+    parser.add_argument("--images", type=parse_images, default=4_800, help="a student's training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS))
     parser.add_argument("--taps", nargs="+", choices=LEARNED, default=list(LEARNED))

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "shoestring"
 
 ROWS = (
     ("errors", "interfaces"),
-    ("runtime", "storage", "processes", "hub"),
+    ("runtime", "storage", "processes"),
     ("models", "objectives", "recipes"),
     ("sampling", "data"),
     ("pipelines", "distill", "cost"),

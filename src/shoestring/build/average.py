@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoestring.errors import CheckpointError
-from shoestring.hub import fetch_folder
+from shoestring.models.hub import fetch_folder
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
 from shoestring.storage import atomic_path, exported, read_json
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shoestring.errors import RecipeError
-from shoestring.hub import first_line
+from shoestring.models.hub import first_line
 from shoestring.models.quiet import muted, no_bars
 from shoestring.models.sizes import check_size
 from shoestring.models.wuerstchen_autoencoder import WuerstchenAutoencoder, vq_factor

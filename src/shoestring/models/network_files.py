@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shoestring.errors import CheckpointError
-from shoestring.hub import ABSENT, fetch_file, fetch_folder, list_files
+from shoestring.models.hub import fetch_file, fetch_folder, list_files
 from shoestring.storage import exported, read_json
 
 INDEX = "model_index.json"
@@ -246,8 +245,8 @@ def _download_parts(name: str, parts: Collection[str], revision: str | None) -> 
 def _cached(name: str, revision: str | None, error: CheckpointError) -> Path:
     """What an earlier download left, where the hub cannot be asked now."""
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except ABSENT:
+        return fetch_folder(name, revision=revision, cached=True)
+    except CheckpointError:
         raise error from None
 
 

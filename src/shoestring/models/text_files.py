@@ -19,8 +19,8 @@ from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from torch import nn
 
 from shoestring.errors import RecipeError
-from shoestring.hub import first_line
 from shoestring.models.autoencoders import refuse_single_file
+from shoestring.models.hub import first_line
 from shoestring.models.quiet import muted, no_bars
 
 _SUFFICIENT = (

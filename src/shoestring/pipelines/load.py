@@ -14,7 +14,7 @@ from diffusers.utils import is_accelerate_available
 
 from shoestring.data.store import split_revision
 from shoestring.errors import CheckpointError, RecipeError
-from shoestring.hub import fetch_file, first_line
+from shoestring.models.hub import fetch_file, first_line
 from shoestring.models.network_files import INDEX
 from shoestring.models.quiet import muted, no_bars
 from shoestring.pipelines.defaults import IMPORTS, SAMPLING, attach_sampling, read_sampling

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shoestring.errors import CheckpointError
-from shoestring.hub import fetch_folder
+from shoestring.models.hub import fetch_folder
 from shoestring.models.microdit import MicroDiT
 from shoestring.storage import exported, read_json
 

@@ -28,8 +28,8 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from shoestring.errors import CheckpointError, RecipeError
-from shoestring.hub import ABSENT, fetch_file, fetch_folder, first_line
 from shoestring.models.checkpoint_files import SUFFIXES, read_checkpoint
+from shoestring.models.hub import fetch_file, fetch_folder, first_line
 from shoestring.models.microdit import load_strictly
 from shoestring.models.quiet import muted, no_bars
 from shoestring.models.semantic_compressor import SemanticCompressor
@@ -210,7 +210,7 @@ def load_vqgan(
         try:
             with no_bars():
                 found = PaellaVQModel.load_config(path_or_id, subfolder=subfolder, revision=revision)
-        except ABSENT as error:
+        except (OSError, ValueError) as error:
             problem = first_line(error)
             continue
         if found.get("_class_name") == PaellaVQModel.__name__:
@@ -387,7 +387,13 @@ def _named_by_card(name: str, revision: str | None) -> str | None:
         here = Path(name).is_dir()
         card = Path(name, "README.md") if here else fetch_file(name, "README.md", revision)
         named = getattr(ModelCard.load(card).data, "prior", None)
-    except (*ABSENT, CheckpointError, AttributeError, TypeError):  # no card, or none that can be read
+    except (
+        CheckpointError,
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ):  # no card, or none that can be read
         return None
     first = named[0] if isinstance(named, list) and named else named
     return first if isinstance(first, str) else None
