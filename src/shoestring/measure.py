@@ -127,14 +127,17 @@ def _scene_rows(
 def _reference_rows(
     system: build.AnySystem, splits: Sequence[str], settings: dict[str, Any], device: torch.device
 ) -> list[MetricRow]:
-    """Scene accuracy of what the run is measured beside: same prompts, same seeds, once each."""
+    """Scene accuracy of what the run is measured beside: same prompts, same seeds, once each.
+
+    Each draws with its own steps and guidance, whatever was asked of the run.
+    """
     found = {split: _scenes(system.store, split, settings["prompts"]) for split in splits}
     asked = {split: scenes for split, scenes in found.items() if scenes}
     rows: list[MetricRow] = []
     for name, pipeline in system.references() if asked else ():
         pipeline.to(device)
         for split, scenes in asked.items():
-            once = {**settings, "seeds": 1}
+            once = {**settings, "seeds": 1, "steps": None, "guidance": None}
             pictures = _drawn(system.recipe, pipeline, system.store, split, len(scenes), once)
             images = [np.asarray(picture.image.convert("RGB")) for picture in pictures]
             rows += metrics.scene_accuracy(images, scenes, split, metric=f"{name}_scene_accuracy")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -36,7 +35,7 @@ from shoestring.models.unet_teachers import (
     open_teacher,
 )
 from shoestring.objectives.noise import Conditioning, NoiseObjective, NoiseSchedule
-from shoestring.pipelines.defaults import Sampling, argument_names, sampling_of
+from shoestring.pipelines.defaults import attach_sampling, sampling_of
 from shoestring.pipelines.load import load
 from shoestring.pipelines.unet import make_unet_pipeline
 from shoestring.recipes.architectures import StudentModel, UNetModel
@@ -346,7 +345,8 @@ class StudentSystem(_UNets[StudentModel]):
         ]
         own: Any = load(str(self.recipe.teacher), **dict.fromkeys(parts))  # without its networks
         pipeline.register_modules(scheduler=own.scheduler)
-        return _Paced(pipeline, sampling_of(own))
+        attach_sampling(pipeline, sampling_of(own))
+        return pipeline
 
     def network_rows(self, networks: Networks, device: torch.device) -> list[MetricRow]:
         phase = self.recipe.phases[-1]
@@ -411,20 +411,6 @@ def _null_of(index: Mapping[str, Any]) -> str | None:
     if kind.startswith("StableDiffusionXL"):
         return "zeros" if index.get("force_zeros_for_empty_prompt", True) else "empty"
     return "empty" if kind.startswith("StableDiffusion") else index.get("null")
-
-
-class _Paced:
-    """A pipeline that draws with these steps and this guidance, whatever is asked of the run beside it."""
-
-    def __init__(self, pipeline: DiffusionPipeline, sampling: Sampling) -> None:
-        self._pipeline: Any = pipeline
-        self._own = dict(zip(argument_names(pipeline), astuple(sampling), strict=True))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
-
-    def __call__(self, prompts: list[str], **asked: Any) -> Any:
-        return self._pipeline(prompts, **{**asked, **self._own})
 
 
 class _Adapted:

@@ -70,11 +70,11 @@ def draws_prompts(pipeline: DiffusionPipeline) -> bool:
 
 
 def sampling_of(pipeline: DiffusionPipeline) -> Sampling:
-    """Its own numbers: configured, attached, or the defaults of its class."""
-    if hasattr(pipeline.config, "default_steps"):
-        return Sampling(pipeline.config.default_steps, pipeline.config.default_guidance)
+    """Its own numbers: attached, configured, or the defaults of its class."""
     if (attached := attached_sampling(pipeline)) is not None:
         return attached
+    if hasattr(pipeline.config, "default_steps"):
+        return Sampling(pipeline.config.default_steps, pipeline.config.default_guidance)
     taken = inspect.signature(type(pipeline).__call__).parameters
     steps, guidance = (taken[name].default for name in argument_names(pipeline))
     return Sampling(int(steps), float(guidance))
@@ -87,7 +87,7 @@ def attached_sampling(pipeline: DiffusionPipeline) -> Sampling | None:
 
 
 def attach_sampling(pipeline: DiffusionPipeline, sampling: Sampling) -> None:
-    """Let a stock pipeline draw with these numbers where `generate` is given none."""
+    """Let a pipeline draw with these numbers where `generate` is given none."""
     setattr(pipeline, _ATTRIBUTE, sampling)
 
 
