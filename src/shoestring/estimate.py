@@ -28,11 +28,16 @@ MEASURED_SECONDS = 2.0
 
 
 def cost_lines(recipe: Recipe, device: torch.device) -> list[str]:
-    """What a run will train and what it costs, for people; scenes are tried out on a few, kept nowhere."""
+    """What a run will train and what it costs, for people; scenes are tried out on a few, kept nowhere.
+
+    Raises what training would for a store that is there and does not fit.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             store = _store_to_try(recipe, Path(folder), device)
         except (StoreError, RecipeError, CheckpointError) as error:
+            if recipe.data.store and Path(recipe.data.store).is_dir():  # training would refuse it too
+                raise
             return [f"cost: unknown until the store is there. {error}"]
         system = build.system_of(recipe, store)
         with torch.device("meta"):

@@ -113,6 +113,19 @@ def test_dry_run_of_a_store_that_is_not_there_yet_says_so(empty: Path, tiny: Pat
     assert list(empty.iterdir()) == []
 
 
+def test_dry_run_refuses_a_store_that_is_there_and_does_not_fit(
+    here: Path, tiny: Path, command: Any, tree: Any
+) -> None:
+    before = tree(here)
+    store = next((here / "stores").iterdir())
+    sets = (f"data.store={store}", "data.scenes=null", "data.text_encoder=google/flan-t5-base")
+    words = ("train", tiny, "--name", "other", *(word for each in sets for word in ("--set", each)))
+    said = command(*words, "--dry-run")
+    assert (said.code, said.err) == (2, command(*words).err)
+    assert "made with the text encoder hashing" in said.err
+    assert tree(here) == before
+
+
 def test_bfloat16_trains_with_float32_weights(here: Path, tiny: Path, command: Any) -> None:
     words = ("train", tiny, "--name", "half", "--dtype", "bfloat16", "--set", "phases.1.images=24")
     assert command(*words).code == 0
