@@ -77,6 +77,19 @@ def test_a_full_or_read_only_disk_is_said_in_one_line(tmp_path: Path, code: int,
     assert names(tmp_path) == []
 
 
+def test_a_place_that_the_file_system_says_is_missing_cannot_be_written(tmp_path: Path) -> None:
+    """As /proc says of a folder that is to be made there; what else is missing is another error."""
+
+    def fail(at: str | None) -> None:
+        with atomic_path(tmp_path / "x") as aside:
+            raise FileNotFoundError(errno.ENOENT, "missing", at or str(aside))
+
+    with pytest.raises(OutputError, match="cannot be written"):
+        fail(None)
+    with pytest.raises(FileNotFoundError, match="source"):
+        fail("source")
+
+
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
     def fail() -> None:
         with atomic_path(tmp_path / "x"):

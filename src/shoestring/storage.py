@@ -31,7 +31,7 @@ _BLOCK = 1 << 22
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _REFUSED = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),  # a file where a folder should be, or the reverse
 )
 _CLAIM = ".claim"
@@ -100,7 +100,7 @@ def writing_to(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise_output_error(_refusal(error), path)
+        raise_output_error(_refusal(error, path), path)
         raise
 
 
@@ -112,7 +112,7 @@ def raise_output_error(error: OSError, path: Path) -> None:
             f"{path}: the disk is full ({free / 2**20:.0f} MiB free). "
             "Nothing half-written was kept; free some space and run the same command again."
         ) from error
-    if error.errno in _REFUSED:
+    if error.errno in _REFUSED or _cannot_be_made(error, path):
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}). Choose another folder or change its permissions."
         ) from error
@@ -322,12 +322,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refusal(error: OSError | SafetensorError) -> OSError:
-    """The operating system's error; safetensors only names its number."""
+def _refusal(error: OSError | SafetensorError, path: Path) -> OSError:
+    """The operating system's error; safetensors, here as it writes, only names its number."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), path) if number else OSError(str(error))
+
+
+def _cannot_be_made(error: OSError, path: Path) -> bool:
+    """Whether what is missing is the place itself: some file systems, such as /proc, say so of all names."""
+    own = {path := Path(path), aside_of(path), *path.parents}
+    return error.errno == errno.ENOENT and error.filename is not None and Path(error.filename) in own
 
 
 def _restore(old: Path, path: Path) -> None:

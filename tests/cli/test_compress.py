@@ -45,7 +45,7 @@ def test_a_pipelines_student_opens_in_the_stock_pipeline(
 ) -> None:
     before = tree(sdxl)
     said = command("compress", sdxl, "out", "--layers-per-block", 1, "--depth", "1,1,1", "--mid", "drop")
-    assert said.code == 0, said.err
+    assert (said.code, said.err) == (0, "")
     teacher = StableDiffusionXLPipeline.from_pretrained(sdxl)
     student = AutoPipelineForText2Image.from_pretrained("out")
     assert type(student) is StableDiffusionXLPipeline
@@ -113,11 +113,23 @@ def test_a_transformer_of_diffusers_is_halved(command: Command, empty: Path) -> 
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "num_layers": 4}
     teacher = DiTTransformer2DModel(**sizes, in_channels=4)
     teacher.half().save_pretrained("dit/transformer")
-    assert command("compress", "dit", "out", "--depth", 2, "--depth-map", "interleave").code == 0
+    said = command("compress", "dit", "out", "--depth", 2, "--depth-map", "interleave")
+    assert (said.code, said.err) == (0, "")
     student = DiTTransformer2DModel.from_pretrained("out", torch_dtype=torch.float16)
     kept = student.transformer_blocks[1].ff.net[2].weight
     assert torch.equal(kept, teacher.transformer_blocks[3].ff.net[2].weight)
     assert {tensor.dtype for tensor in weights(Path("out")).values()} == {torch.float16}  # as stored
+    for words, says in (
+        (
+            ("--preset", "koala-700m"),
+            "--preset koala-700m: a cut of U-Nets, and the network of dit is of the",
+        ),
+        (
+            ("--depth", 2, "--mid", "drop"),
+            "student mid: is for a U-Net; a transformer is cut by depth alone.",
+        ),
+    ):
+        assert says in command("compress", "dit", "other", *words).refused()
 
 
 @pytest.mark.parametrize(
@@ -148,12 +160,18 @@ def test_a_place_that_is_taken_and_a_teacher_that_is_none_are_refused(command: C
     Path("taken/file").write_text("")
     assert "taken: is there already" in command("compress", sdxl, "taken", "--mid", "drop").refused()
     said = command("compress", sdxl / "vae", "out", "--depth", 2).refused()
-    assert "a AutoencoderKL whose configuration has neither num_layers nor depth" in said
+    assert said.startswith("sdxl/vae: its network, AutoencoderKL, is neither a U-Net")
+    said = command("compress", sdxl / "text_encoder", "out", "--depth", 2).refused()
+    assert said.startswith("sdxl/text_encoder: its network, CLIPTextModel, is neither a U-Net")
+    assert "/proc/x: cannot be written" in command("compress", sdxl, "/proc/x", "--mid", "drop").refused()
     assert "no such file" in command("compress", "gone.safetensors", "out", "--mid", "drop").refused()
     assert "neither a folder here nor a hub" in command("compress", "gone", "out", "--mid", "drop").refused()
     shutil.rmtree(sdxl / "vae")
     said = command("compress", sdxl, "out", "--mid", "drop").refused()
     assert "its model_index.json names vae, and there is no such folder" in said
+    (sdxl / "vae").mkdir()
+    said = command("compress", sdxl, "out", "--mid", "drop").refused()
+    assert "its model_index.json names vae, and its folder is empty" in said
     assert not Path("out").exists()
 
 

@@ -451,11 +451,19 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
 def test_weights_of_another_network_are_refused() -> None:
     weights = small().state_dict()
     lacking = {name: tensor for name, tensor in weights.items() if name != "conv_in.bias"}
-    with pytest.raises(CheckpointError, match=r"lack 1 tensors, such as conv_in\.bias"):
+    with pytest.raises(CheckpointError, match=r"teacher: lacks 1 tensors, such as conv_in\.bias"):
         cut_student(lacking, KOALA, SMALL)
-    with pytest.raises(CheckpointError, match="also hold 1 tensors, such as extra"):
-        cut_student(weights | {"extra": torch.zeros(1)}, KOALA, SMALL)
-    with pytest.raises(CheckpointError, match=r"conv_in\.bias is \(9,\), not \(8,\)"):
+    with pytest.raises(CheckpointError, match="mine: has besides 1 tensors, such as extra"):
+        cut_student(weights | {"extra": torch.zeros(1)}, KOALA, SMALL, name="mine")
+    with pytest.raises(CheckpointError, match=r"teacher: its conv_in\.bias is \(9,\), not \(8,\)"):
         cut_student(weights | {"conv_in.bias": torch.zeros(9)}, KOALA, SMALL)
-    with pytest.raises(CheckpointError, match="the student: also hold"):
+    with pytest.raises(CheckpointError, match="the student: has besides"):
         copy_weights(small(), weights, KOALA, SMALL)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [("nan", "float32"), ("-inf", "float32"), (1e5, "float16")])
+def test_weights_that_are_not_finite_are_refused(value: str | float, dtype: str) -> None:
+    weights = small().state_dict()
+    weights["conv_in.bias"][3] = float(value)
+    with pytest.raises(CheckpointError, match=rf"its conv_in\.bias holds NaN or infinity in {dtype}"):
+        cut_student(weights, KOALA, SMALL, getattr(torch, dtype))

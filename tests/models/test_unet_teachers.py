@@ -121,8 +121,10 @@ def write_single_file(
         shape = (1,)
         if name.endswith("attn2.to_k.weight"):
             shape = (1, config["cross_attention_dim"])
-        if name in {"conv_in.weight", "conv_out.weight"}:
-            shape = (4, config["in_channels"])
+        if name == "conv_in.weight":
+            shape = (320, config["in_channels"])
+        if name == "conv_out.weight":
+            shape = (4, 320)
         tensors[prefix + original] = torch.full(shape, float(number))
     save_file(tensors, path)
     return path
@@ -322,13 +324,16 @@ def test_what_is_no_u_net_is_refused_by_what_it_is(tmp_path: Path) -> None:
     sizes = {"block_out_channels": (4, 4), "norm_num_groups": 2, "sample_size": 8}
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     UNet2DModel(**sizes, **blocks).save_pretrained(tmp_path / "plain/unet")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/config.json").write_text('{"architectures": ["CLIPTextModel"]}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text("")
     for place, says in (
         ("pixart", "a PixArtSigmaPipeline, whose network is PixArtTransformer2DModel"),
-        ("vae", "its network is a AutoencoderKL, no UNet2DConditionModel"),
-        ("plain", "its network is a UNet2DModel, no UNet2DConditionModel"),
+        ("vae", "its network is of the class AutoencoderKL, not UNet2DConditionModel"),
+        ("plain", "its network is of the class UNet2DModel, not UNet2DConditionModel"),
+        ("text", "its network is of the class CLIPTextModel, not UNet2DConditionModel"),
         ("empty", "no network here"),
         ("run", "this run has no pipeline yet"),
         ("nowhere", "neither a folder here nor a hub repository"),
@@ -360,6 +365,7 @@ def test_a_single_file_of_another_shape_is_refused(tmp_path: Path) -> None:
     path = write_single_file(tmp_path / "whole.safetensors", SD14)
     whole = load_file(path)
     lacking = {name: tensor for name, tensor in whole.items() if "middle_block" not in name}
+    first = f"{ORIGINAL}input_blocks.0.0.weight"
     refiner = {n: torch.zeros(1, 1280) if n.endswith("attn2.to_k.weight") else t for n, t in whole.items()}
     for tensors, says in (
         (lacking, "SD 1.x's does, but lacks 46 tensors, such as model.diffusion_model.middle_block.0"),
@@ -367,12 +373,23 @@ def test_a_single_file_of_another_shape_is_refused(tmp_path: Path) -> None:
             whole | {f"{ORIGINAL}extra": torch.zeros(1)},
             "has besides 1 tensors, such as model.diffusion_model.extra",
         ),
+        (whole | {first: torch.zeros(64, 4)}, r"file\.safetensors: .* 64 channels wide and not 320"),
         (refiner, r"reads text \[1280\] wide"),
         (whole | {"edm_mean": torch.zeros(1)}, "EDM's noise levels"),
     ):
         save_file(tensors, tmp_path / "file.safetensors")
         with pytest.raises(CheckpointError, match=says):
             open_teacher(tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("wrong", [{"layers_per_block": "two"}, {"block_out_channels": [8] * 4}])
+def test_a_configuration_of_which_no_network_can_be_built_is_refused(
+    wrong: dict[str, Any], tmp_path: Path
+) -> None:
+    file = write_pipeline(tmp_path / "pipeline", network()) / "unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    with pytest.raises(CheckpointError, match=r"unet/config\.json: no U-Net can be built of it \("):
+        open_teacher(tmp_path / "pipeline")
 
 
 def test_another_family_of_noise_is_refused(tmp_path: Path) -> None:

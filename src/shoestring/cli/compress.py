@@ -63,6 +63,7 @@ def compress(
     refuse_taken(out)
     found = None if teacher.endswith(".safetensors") else find_network(teacher)
     parts = components(found) if found and found.in_pipeline else None  # before the long work
+    _check_preset(preset, teacher, found)
     cut = _cut(teacher, found, spec, dtype)
     after = _size(cut.student.state_dict())
     if after == cut.before:
@@ -119,6 +120,15 @@ def student_spec(preset: str | None, cuts: dict[str, str], depth_map: str | None
     return dataclasses.replace(spec, depth_map=chosen)
 
 
+def _check_preset(preset: str | None, teacher: str, found: NetworkFolder | None) -> None:
+    """Raise `RecipeError` for a preset of a transformer."""
+    if preset is not None and found is not None and not (kind := found.kind()).startswith("UNet"):
+        raise RecipeError(
+            f"--preset {preset}: a cut of U-Nets, and the network of {teacher} is of the class {kind}. "
+            "Of a transformer say --depth."
+        )
+
+
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(each) for each in text.split(","))
@@ -129,18 +139,19 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 def _cut(teacher: str, found: NetworkFolder | None, spec: StudentSpec, dtype: str | None) -> _Cut:
     """The student of a U-Net, which alone may come from one file, or of a transformer."""
-    from shoestring.models.transformer_students import cut_transformer
+    from shoestring.models.transformer_students import cut_transformer, transformer_student_config
     from shoestring.models.unet_students import cut_student
     from shoestring.models.unet_teachers import open_teacher
 
-    config = found.config() if found else {}
-    kind = str(config.get("_class_name"))
-    if found is None or kind.startswith("UNet"):
+    if found is None or (kind := found.kind()).startswith("UNet"):
         unet = open_teacher(teacher)
-        student: Any = cut_student(unet.tensors, spec, unet.config, _dtype(dtype, unet.tensors))
+        stored = _dtype(dtype, unet.tensors)
+        student: Any = cut_student(unet.tensors, spec, unet.config, stored, name=teacher)
         return _Cut(student, "UNet2DConditionModel", _size(unet.tensors), unet.scheduler)
+    config = {**found.config(), "_class_name": kind}
+    transformer_student_config(config, spec, name=teacher)  # before weights of another kind are looked for
     tensors = found.tensors()
-    student = cut_transformer(tensors, spec, config, _dtype(dtype, tensors))
+    student = cut_transformer(tensors, spec, config, _dtype(dtype, tensors), name=teacher)
     return _Cut(student, kind, _size(tensors))
 
 

@@ -83,6 +83,11 @@ class NetworkFolder:
         """Its `config.json`, with the class's name."""
         return read_config(self.path / CONFIG)
 
+    def kind(self) -> str:
+        """The class that its `config.json` names, as diffusers does or as transformers do."""
+        config = self.config()
+        return str(config.get("_class_name") or (config.get("architectures") or ["nameless"])[0])
+
     def scheduler(self) -> dict[str, Any] | None:
         """Configuration of the scheduler beside it, where there is one."""
         homes = (
@@ -130,17 +135,18 @@ def find_network(
 def components(found: NetworkFolder, *, revision: str | None = None) -> list[str]:
     """The parts of the pipeline around a network, each a folder below `found.root`; of the hub, downloaded.
 
-    The network itself is not among them. Raises `CheckpointError` where one is missing.
+    The network itself is not among them. Raises `CheckpointError` where one is missing or empty.
     """
     index = read_config(found.root / INDEX)
     parts = [name for name in index_parts(index) if name != found.part]
     if not Path(found.given).is_dir():
         _download_parts(found.given, parts, revision)
     for name in parts:
-        if not (found.root / name).is_dir():
+        folder = found.root / name
+        if not (folder.is_dir() and any(folder.iterdir())):
+            problem = "its folder is empty" if folder.is_dir() else "there is no such folder"
             raise CheckpointError(
-                f"{found.given}: its {INDEX} names {name}, and there is no such folder. "
-                "Export or download it again."
+                f"{found.given}: its {INDEX} names {name}, and {problem}. Export or download it again."
             )
     return parts
 

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -17,6 +18,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     disable_progress_bars,
     enable_progress_bars,
 )
+from torch import nn
 
 
 @contextmanager
@@ -32,6 +34,12 @@ def muted(logger: str, about: str = "") -> Iterator[None]:
         yield
     finally:
         target.removeFilter(wanted)
+
+
+def cast(network: nn.Module, *where: Any) -> Any:
+    """`network.to(...)`: diffusers warns of modules to keep in float32 even where a network has none."""
+    with muted("diffusers.models.modeling_utils", about="should be kept in float32"):
+        return network.to(*where)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ block's own, so that every tensor fits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -22,23 +23,27 @@ from torch import Tensor
 
 from shoestring.errors import CheckpointError, RecipeError
 from shoestring.models.microdit import MicroDiT, expert_positions, spaced
+from shoestring.models.quiet import cast
 from shoestring.models.unet_presets import StudentSpec
 from shoestring.models.unet_students import copy_renamed, kept_block
 
 _BLOCKS = "transformer_blocks"
+_WHOLE = StudentSpec()
 
 
-def transformer_student_config(teacher_config: Mapping[str, Any], spec: StudentSpec) -> dict[str, Any]:
-    """The student's configuration, with the teacher's class in it.
+def transformer_student_config(
+    teacher_config: Mapping[str, Any], spec: StudentSpec, *, name: str = "teacher"
+) -> dict[str, Any]:
+    """The student's configuration, with the teacher's class in it; `name` is what messages call the teacher.
 
     Raises `RecipeError` for a spec that is not one depth, or a depth the teacher does not have.
     """
     # diffusers notes there which arguments were left at their defaults, and would put those back
     config = {key: value for key, value in teacher_config.items() if key != "_use_default_values"}
-    name, of = _blocks_of(config)
+    argument, of = _blocks_of(config, name)
     depth = _depth(spec, of)
-    config[name] = depth
-    if name == "depth":
+    config[argument] = depth
+    if argument == "depth":
         kept = [kept_block(place, depth, of, spec.depth_map) for place in range(depth)]
         experts = expert_positions(config["expert_blocks"], of, last=False)
         config["expert_blocks"] = [place for place, source in enumerate(kept) if source in experts]
@@ -68,55 +73,69 @@ def cut_transformer(
     spec: StudentSpec,
     teacher_config: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
+    *,
+    name: str = "teacher",
 ) -> ModelMixin:
     """The student with its teacher's weights, in `dtype` on the CPU.
 
     It is built in float32, since positions are computed then, and cast; memory beside that: one tensor.
-    `teacher_config` names its class (`_class_name`), which is MicroDiT's or one of diffusers. Raises
-    `CheckpointError` where the weights do not belong to it, and `RecipeError` where its blocks are not alike
-    (some families build the last one otherwise) or lie elsewhere.
+    `teacher_config` names its class (`_class_name`), which is MicroDiT's or one of diffusers; `name` is what
+    messages call the teacher. Raises `CheckpointError` where the weights do not belong to it, and
+    `RecipeError` where its blocks are not alike (some families build the last one otherwise) or lie
+    elsewhere.
     """
-    kind, config = _class_of(teacher_config), transformer_student_config(teacher_config, spec)
+    kind = _class_of(teacher_config, name)
+    config = transformer_student_config(teacher_config, spec, name=name)
     with torch.device("meta"):
         teacher = kind.from_config(teacher_config)
         cut = kind.from_config(config).state_dict()
     whole = teacher.state_dict()
-    names = {name: transformer_teacher_key(name, spec, teacher_config) for name in cut}
-    odd = [
-        name
-        for name, source in names.items()
-        if source not in whole or whole[source].shape != cut[name].shape
-    ]
-    if odd or len(getattr(teacher, _BLOCKS, ())) != _blocks_of(teacher_config)[1]:
+    odd = _misfit(cut, whole, spec, teacher_config)
+    if odd or len(getattr(teacher, _BLOCKS, ())) != _blocks_of(teacher_config, name)[1]:
+        top = replace(spec, depth_map="top")
         raise RecipeError(
-            f"teacher: the blocks of a {kind.__name__} are not a row of equals"
-            + (f" ({odd[0]} does not fit {names[odd[0]]})" if odd else "")
-            + ". It cannot be cut by depth."
+            f"{name}: the blocks of its {kind.__name__} are not a row of equals"
+            + (f" (its {odd} does not fit the student's block). " if odd else ". ")
+            + (
+                "Its last block is built otherwise: keep that, with the depth map top."
+                if odd and not _misfit(cut, whole, top, teacher_config)
+                else "It cannot be cut by depth."
+            )
         )
-    student = kind.from_config(config).to(dtype)  # not to_empty: positions are computed when it is built
-    copy_renamed(student.state_dict(), tensors, names, whole)
+    student = cast(kind.from_config(config), dtype)  # not to_empty: positions are computed when it is built
+    names = {each: transformer_teacher_key(each, spec, teacher_config) for each in cut}
+    copy_renamed(student.state_dict(), tensors, names, whole, name=name)
     return student.eval()
 
 
-def _blocks_of(config: Mapping[str, Any]) -> tuple[str, int]:
+def _misfit(
+    cut: Mapping[str, Tensor], whole: Mapping[str, Tensor], spec: StudentSpec, config: Mapping[str, Any]
+) -> str | None:
+    """The teacher's name of a tensor that the student would take and cannot."""
+    for name, tensor in cut.items():
+        source = transformer_teacher_key(name, spec, config)
+        if source not in whole or whole[source].shape != tensor.shape:
+            return source
+    return None
+
+
+def _blocks_of(config: Mapping[str, Any], name: str = "teacher") -> tuple[str, int]:
     """The argument that says how many blocks there are, and its value."""
-    for name in ("num_layers", "depth"):
-        if isinstance(config.get(name), int):
-            return name, int(config[name])
+    for argument in ("num_layers", "depth"):
+        if isinstance(config.get(argument), int):
+            return argument, int(config[argument])
     raise RecipeError(
-        f"teacher: a {config.get('_class_name', 'network')} whose configuration has neither num_layers nor "
-        "depth. Give a MicroDiT or a transformer of diffusers with a row of equal blocks."
+        f"{name}: its network, {config.get('_class_name', 'of no class')}, is neither a U-Net of the Stable "
+        "Diffusion kind nor a transformer whose configuration has num_layers or depth. Give one of those."
     )
 
 
 def _depth(spec: StudentSpec, of: int) -> int:
-    for name in ("layers_per_block", "up_depth"):
-        if getattr(spec, name) is not None:
+    for name in ("layers_per_block", "up_depth", "mid", "inner_stage"):
+        if getattr(spec, name) != getattr(_WHOLE, name):
             raise RecipeError(
                 f"student {name}: is for a U-Net; a transformer is cut by depth alone. Leave it out."
             )
-    if spec.mid != "keep" or not spec.inner_stage:
-        raise RecipeError("student mid, inner_stage: are for a U-Net; a transformer is cut by depth alone.")
     if spec.depth is None:
         return of
     if len(spec.depth) != 1 or not isinstance(spec.depth[0], int) or not 1 <= spec.depth[0] <= of:
@@ -126,9 +145,12 @@ def _depth(spec: StudentSpec, of: int) -> int:
     return spec.depth[0]
 
 
-def _class_of(config: Mapping[str, Any]) -> type[ModelMixin]:
+def _class_of(config: Mapping[str, Any], teacher: str) -> type[ModelMixin]:
     name = str(config.get("_class_name"))
     kind = MicroDiT if name == MicroDiT.__name__ else getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
-        raise CheckpointError(f"teacher: a {name}, which is neither MicroDiT nor a network of diffusers.")
+        raise CheckpointError(
+            f"{teacher}: its network is of the class {name}, neither MicroDiT nor a network of diffusers. "
+            "Give one of those."
+        )
     return kind

@@ -129,8 +129,13 @@ def find_unet(
         tops = {name.split(".")[0] for name in theirs.values()}
         inside = {name for name in inside if name.split(".")[0] in tops}
     _check_whole(kind, set(theirs.values()), inside)
-    config["in_channels"] = shape(theirs["conv_in.weight"])[1]
+    width, config["in_channels"] = shape(theirs["conv_in.weight"])[:2]
     config["out_channels"] = shape(theirs["conv_out.weight"])[0]
+    if width != config["block_out_channels"][0]:
+        raise CheckpointError(
+            f"a U-Net with the names of {kind}'s, but {width} channels wide and not "
+            f"{config['block_out_channels'][0]}: a variant. Give it as a diffusers folder."
+        )
     schedule = _schedule(kind, config, names, lambda name: read(theirs[name]))
     if kind == "SD 2.x" and schedule:
         config["sample_size"] = 96  # the ones that predict v are trained at 768 px

@@ -25,6 +25,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from shoestring.errors import CheckpointError, RecipeError
+from shoestring.models.quiet import cast
 from shoestring.models.unet_presets import (
     PRESETS,
     SD14,
@@ -170,14 +171,19 @@ def kept_block(place: int, kept: int, of: int, depth_map: DepthMap) -> int:
 
 
 def copy_weights(
-    student: nn.Module, tensors: Mapping[str, Tensor], spec: StudentSpec, teacher_config: Mapping[str, Any]
+    student: nn.Module,
+    tensors: Mapping[str, Tensor],
+    spec: StudentSpec,
+    teacher_config: Mapping[str, Any],
+    *,
+    name: str = "teacher",
 ) -> None:
     """Copy the teacher's `tensors` into `student`, cast to its number type, one tensor at a time.
 
     With a mapping that reads when asked, no more of the teacher than one tensor is ever in memory. What was
-    added to the student - an adapter (LoRA), an embedding of the guidance scale - stays as it is. Raises
-    `CheckpointError` where the teacher's names or a tensor's shape do not belong to `teacher_config`, or the
-    student is not of `student_config`.
+    added to the student - an adapter (LoRA), an embedding of the guidance scale - stays as it is. `name` is
+    what messages call the teacher. Raises `CheckpointError` where its names or a tensor's shape do not belong
+    to `teacher_config`, a tensor holds NaN or infinity, or the student is not of `student_config`.
     """
     places = _Places(spec, teacher_config)
     with torch.device("meta"):
@@ -185,7 +191,7 @@ def copy_weights(
         cut = UNet2DConditionModel(**student_config(teacher_config, spec)).state_dict()
     own = _without_additions(student.state_dict(), cut)
     _check_names(own, cut, "the student")
-    copy_renamed(own, tensors, {name: places.in_teacher(name) for name in own}, whole)
+    copy_renamed(own, tensors, {each: places.in_teacher(each) for each in own}, whole, name=name)
 
 
 def cut_student(
@@ -193,12 +199,17 @@ def cut_student(
     spec: StudentSpec,
     teacher_config: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
+    *,
+    name: str = "teacher",
 ) -> UNet2DConditionModel:
-    """The student with its teacher's weights, in `dtype` on the CPU; memory beside it: one tensor."""
+    """The student with its teacher's weights, in `dtype` on the CPU; memory beside it: one tensor.
+
+    `name` is what messages call the teacher; raises as `student_config` and `copy_weights` do.
+    """
     with torch.device("meta"):
         student = UNet2DConditionModel(**student_config(teacher_config, spec))
-    student = student.to(dtype).to_empty(device="cpu")
-    copy_weights(student, tensors, spec, teacher_config)
+    student = cast(student, dtype).to_empty(device="cpu")
+    copy_weights(student, tensors, spec, teacher_config, name=name)
     return student
 
 
@@ -207,14 +218,19 @@ def copy_renamed(
     tensors: Mapping[str, Tensor],
     names: Mapping[str, str],
     teacher: Mapping[str, Any],
+    *,
+    name: str = "teacher",
 ) -> None:
-    """Copy `tensors[names[name]]` into each of `targets`, one at a time.
+    """Copy `tensors[names[...]]` into each of `targets`, one at a time.
 
-    Raises `CheckpointError` where `tensors` has other names than `teacher`, or one is of another shape.
+    Raises `CheckpointError`, which calls the teacher `name`, where `tensors` has other names than `teacher`,
+    or one is of another shape or not finite.
     """
-    _check_names(tensors, teacher, "the teacher's weights")
-    for name, target in targets.items():
-        _copy(target, tensors[names[name]], names[name])  # in a call, whose end lets go of the tensor
+    _check_names(tensors, teacher, name)
+    for each, target in targets.items():
+        _copy(
+            target, tensors[names[each]], f"{name}: its {names[each]}"
+        )  # in a call, whose end lets go of the tensor
 
 
 class _Places:
@@ -427,11 +443,16 @@ def _first(depth: int | Sequence[int]) -> int:
 def _copy(target: Tensor, source: Tensor, name: str) -> None:
     if source.shape != target.shape:
         raise CheckpointError(
-            f"the teacher's weights: {name} is {tuple(source.shape)}, not {tuple(target.shape)} as its "
-            "configuration says. They do not belong together."
+            f"{name} is {tuple(source.shape)}, not {tuple(target.shape)} as its configuration says. "
+            "Give weights and the config.json that belongs to them."
         )
     with torch.no_grad():
         target.copy_(source)
+    if not all(end.isfinite() for end in target.aminmax()):  # which NaN passes through
+        raise CheckpointError(
+            f"{name} holds NaN or infinity in {str(target.dtype).removeprefix('torch.')}. "
+            "Give whole weights, or another number type where these are too large for it."
+        )
 
 
 def _without_additions(state: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -443,11 +464,11 @@ def _without_additions(state: Mapping[str, Tensor], plain: Mapping[str, Any]) ->
 def _check_names(given: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
     """Raise `CheckpointError` unless both have the same names."""
     for problem, names in (
-        ("lack", wanted.keys() - given.keys()),
-        ("also hold", given.keys() - wanted.keys()),
+        ("lacks", wanted.keys() - given.keys()),
+        ("has besides", given.keys() - wanted.keys()),
     ):
         if names:
             raise CheckpointError(
-                f"{what}: {problem} {len(names)} tensors, such as {min(names)}. "
-                "They do not belong to the configuration given."
+                f"{what}: {problem} {len(names)} tensors, such as {min(names)}: not the network of this "
+                "configuration. Give weights and the configuration that belongs to them."
             )

@@ -21,8 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from shoestring.errors import CheckpointError, RecipeError
+from shoestring.models.hub import first_line
 from shoestring.models.network_files import (
+    CONFIG,
     LazyTensors,
+    NetworkFolder,
     damaged,
     download_file,
     find_network,
@@ -87,14 +90,14 @@ def open_teacher(path_or_id: str | Path, *, revision: str | None = None) -> Teac
     if path.suffix == ".safetensors":
         return _from_file(path if path.is_file() else download_file(str(path_or_id), revision))
     found = find_network(path_or_id, ["unet"], revision=revision)
-    config = found.config()
-    if (kind := config.get("_class_name")) != UNet2DConditionModel.__name__:
+    if (kind := found.kind()) != UNet2DConditionModel.__name__:
         raise CheckpointError(
-            f"{path_or_id}: its network is a {kind}, no {UNet2DConditionModel.__name__}. Give a U-Net of the "
-            "Stable Diffusion kind."
+            f"{path_or_id}: its network is of the class {kind}, not {UNet2DConditionModel.__name__}. Give a "
+            "U-Net of the Stable Diffusion kind."
         )
+    config = _buildable(found)
     schedule = found.scheduler() or STABLE_DIFFUSION_SCHEDULE
-    return Teacher(arguments(config), found.tensors(), _scheduler(schedule, str(path_or_id)))
+    return Teacher(config, found.tensors(), _scheduler(schedule, str(path_or_id)))
 
 
 def load_unet(
@@ -119,6 +122,20 @@ def load_unet(
     if int8:
         _quantize(unet)
     return unet
+
+
+def _buildable(found: NetworkFolder) -> dict[str, Any]:
+    """The arguments in its configuration, where diffusers builds a U-Net of them; no memory is taken."""
+    config = arguments(found.config())
+    try:
+        with torch.device("meta"):
+            UNet2DConditionModel(**config)
+    except Exception as error:  # diffusers checks some of them; the others fail wherever they are used
+        raise CheckpointError(
+            f"{found.path / CONFIG}: no U-Net can be built of it ({first_line(error)}). Export or download "
+            "it again."
+        ) from error
+    return config
 
 
 def _quantize(unet: nn.Module) -> None:
