@@ -75,7 +75,9 @@ def test_the_cut_is_said_as_to_compress(lora: Path, command: Any) -> None:
 def test_depth_map_and_kohyas_names(lora: Path, command: Any) -> None:
     """From the top, the teacher's blocks 1 and 2 are the student's 0 and 1."""
     options = ("--depth-map", "top", "--kohya", "--teacher", "teacher")
-    assert command("convert-lora", lora, "out.safetensors", *CUT, *options).code == 0
+    said = command("convert-lora", lora, "out.safetensors", *CUT, *options)
+    assert (said.code, said.err) == (0, "")
+    assert "Next: ComfyUI, or what else reads kohya's names" in said.out
     inside = "lora_unet_up_blocks_0_attentions_1_transformer_blocks"
     kept = {"lora_unet_down_blocks_2_attentions_0_proj_in"}
     kept |= {f"{inside}_0_attn1_to_q", f"{inside}_1_attn1_to_q"}
@@ -144,7 +146,10 @@ def test_what_it_refuses(lora: Path, command: Any) -> None:
         ((lora, out, "--preset", "koala-7"), "'koala-7': unknown. Use koala-1b"),
         ((lora, out, "--preset", "koala-1b", "--mid", "drop"), "--mid"),
         ((lora, out, "--student", "other", "--depth", "1,2"), "--depth: the recipe of other says it"),
-        ((lora, out, "--student", "teacher"), "teacher: not a run folder"),
+        (
+            (lora, out, "--student", "teacher"),
+            "teacher: not a run folder (no recipe.yaml in it). Give one that `shoe",
+        ),
         ((lora, out, "--student", "plain"), "plain: a run of the kind microdit, no student of a U-Net"),
         ((lora, out, "--student", "other"), "student depth 5"),
         ((lora, out, "--preset", "koala-700m"), "do not make up the teacher's weight (1280, 1280)"),

@@ -410,6 +410,17 @@ def test_kohya_numbers_text_encoders_only_where_there_are_two() -> None:
     assert kohya_name("text_encoder_2", "text_projection", several=True) == "lora_te2_text_projection"
 
 
+@pytest.mark.parametrize(("added", "prefix"), [(None, "te"), ("text_time", "te1")])
+def test_kohyas_first_text_encoder_of_sdxl_keeps_its_number_without_the_second(
+    tmp_path: Path, added: str | None, prefix: str
+) -> None:
+    save_file(GOOD | TEXT, tmp_path / "lora.safetensors")
+    teacher = TEACHER | {"addition_embed_type": added}
+    remap_lora(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", [(KOALA, teacher)], kohya=True)
+    text = {name for name in load_file(tmp_path / "out.safetensors") if name.startswith("lora_te")}
+    assert {name.split("_")[1] for name in text} == {prefix}
+
+
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return dict(file.metadata())
@@ -455,8 +466,9 @@ REFUSED = [
     (HALF | {f"{DOT_MID}.lora_B.weight": torch.ones(16, 3)}, "no pair of A"),
     (pair("unet.down_blocks.1.attentions.0.proj_in", columns=15), r"\(2, 15\).*weight \(16, 16\)"),
     (pair("unet.conv_in", rows=8), r"do not make up the teacher's weight \(8, 4, 3, 3\)"),
-    (pair(DOT_MID), "none of its 1 adapted modules is in the student"),
+    (pair(DOT_MID), "none of its 1 adapted modules is in the student. Give one"),
     (TEXT, "text encoders alone"),
+    ({}, "holds no tensors"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoestring.errors import RecipeError
+from shoestring.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from shoestring.models.unet_lora import Cut
@@ -60,7 +60,8 @@ def convert_lora(
     )
     told = ", ".join(f"{count} in {block}" for block, count in sorted(gone.items()))
     typer.echo(f"{out}: {len(remapped.kept)} kept, {len(remapped.dropped)} dropped{told and f' ({told})'}.")
-    typer.echo(f"Next: load_lora_weights({str(out)!r}) on the student's pipeline.")
+    use = "ComfyUI, or what else reads kohya's names," if kohya else f"load_lora_weights({str(out)!r})"
+    typer.echo(f"Next: {use} with the student's pipeline.")
 
 
 def _cuts_said(options: dict[str, str], teacher: str | None) -> list[Cut]:
@@ -84,7 +85,13 @@ def _cuts_said(options: dict[str, str], teacher: str | None) -> list[Cut]:
 def _cuts_of_run(run: Path, options: dict[str, str], teacher: str | None) -> list[Cut]:
     """What recipes say of the run's student; with `teacher`, of the last cut alone."""
     from shoestring.build.student_cuts import cuts_of_run
+    from shoestring.storage import RunFolder
 
+    if not RunFolder(run).recipe.is_file():
+        raise CheckpointError(
+            f"{run}: not a run folder (no recipe.yaml in it). Give one that `shoestring train` printed, or "
+            "name the cut: --preset koala-700m ..."
+        )
     for name in options:
         raise RecipeError(f"--{name.replace('_', '-')}: the recipe of {run} says it. Give one of both.")
     return cuts_of_run(run, teacher)

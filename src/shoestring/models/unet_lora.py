@@ -102,7 +102,8 @@ def remap_lora(source: Path, out: Path, cuts: Sequence[Cut], *, kohya: bool = Fa
             student has two, the first teacher's first
     kohya   False: diffusers' form (`unet.<module>.lora_A.weight`, ranks and alphas in the metadata) for
             `load_lora_weights` of stock pipelines. True: kohya's names, and alphas as tensors, which user
-            interfaces read; diffusers reads it too, but for alphas that differ among attention matrices.
+            interfaces read; diffusers reads the U-Net's too, but for alphas that differ among attention
+            matrices.
 
     The source's metadata stays, but for hashes of its tensors. Raises `CheckpointError` for a file that is
     no LoRA of this teacher, is of another kind than pairs of A and B, is damaged, or holds nothing that the
@@ -118,7 +119,8 @@ def remap_lora(source: Path, out: Path, cuts: Sequence[Cut], *, kohya: bool = Fa
     counts = json.dumps({"kept": len(remapped.kept), "dropped": len(remapped.dropped)})
     kept = {name: value for name, value in metadata.items() if name not in _STALE}
     both = [*remapped.kept, *remapped.text]
-    write_lora(out, both, {**kept, "shoestring.remapped": counts}, kohya=kohya)
+    several = cuts[0][1].get("addition_embed_type") == "text_time"  # the U-Net is SDXL's
+    write_lora(out, both, {**kept, "shoestring.remapped": counts}, kohya=kohya, several=several)
     return remapped
 
 
@@ -144,6 +146,8 @@ def adapters_in(
     Raises `CheckpointError` for a tensor that is neither's, half a pair, and shapes that are not the
     teacher's.
     """
+    if not tensors:
+        raise CheckpointError("holds no tensors. Export the LoRA again.")
     shapes = weight_shapes(teacher_config)
     table = written_names(shapes)
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -175,7 +179,8 @@ def remap(adapters: Iterable[Adapter], spec: StudentSpec, teacher_config: Mappin
     kept = tuple(replace(each, module=students[each.module]) for each in unet if each.module in students)
     if not kept:
         raise CheckpointError(
-            f"none of its {len(unet)} adapted modules is in the student."
+            f"none of its {len(unet)} adapted modules is in the student. Give one that adapts others too, or "
+            "a student that keeps them."
             if unet
             else "it adapts text encoders alone, which students share with their teacher. Use it as it is."
         )
@@ -199,12 +204,20 @@ def _through(adapters: Sequence[Adapter], cuts: Sequence[Cut]) -> Remapped:
 
 
 def write_lora(
-    path: Path, adapters: Sequence[Adapter], metadata: Mapping[str, str], *, kohya: bool = False
+    path: Path,
+    adapters: Sequence[Adapter],
+    metadata: Mapping[str, str],
+    *,
+    kohya: bool = False,
+    several: bool = False,
 ) -> None:
-    """Write a LoRA whole or not at all, in diffusers' form or kohya's; see `remap_lora`."""
+    """Write a LoRA whole or not at all, in diffusers' form or kohya's; see `remap_lora`.
+
+    `several` says for kohya's that the teacher has two text encoders, though one alone may be adapted.
+    """
     kept = {name: value for name, value in metadata.items() if name != _PEFT} | {"format": "pt"}
     if kohya:
-        tensors = _kohya_tensors(adapters)
+        tensors = _kohya_tensors(adapters, several)
     else:
         kept[_PEFT] = json.dumps(_settings_of(adapters), sort_keys=True)
         tensors = {}
@@ -276,8 +289,8 @@ def _settings_of(adapters: Sequence[Adapter]) -> dict[str, Any]:
     return settings
 
 
-def _kohya_tensors(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    several = any(each.part == "text_encoder_2" for each in adapters)
+def _kohya_tensors(adapters: Sequence[Adapter], several: bool) -> dict[str, Tensor]:
+    several = several or any(each.part == "text_encoder_2" for each in adapters)
     tensors = {}
     for each in adapters:
         name = kohya_name(each.part, each.module, several=several)

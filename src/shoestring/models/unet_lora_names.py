@@ -103,7 +103,7 @@ def written_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def kohya_name(part: str, module: str, *, several: bool) -> str:
-    """A module's name in kohya's files; with `several` text encoders the first is te1, else te.
+    """A module's name in kohya's files; of a teacher with `several` text encoders the first is te1, else te.
 
     The U-Net's parts have diffusers' names, which user interfaces take for any U-Net, whereas the numbers of
     SGM's depend on the layers there are. Only the added embedding has its SGM name: diffusers misreads
