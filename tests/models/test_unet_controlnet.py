@@ -247,6 +247,11 @@ def test_it_refuses_a_unet_whose_encoder_it_cannot_hold(changes: dict[str, Any],
         controlnet_from_unet(unet(LIKE_SDXL, **changes))
 
 
+def test_it_refuses_what_is_no_unet() -> None:
+    with pytest.raises(TypeError, match="class AutoencoderKL, not UNet2DConditionModel"):
+        controlnet_from_unet(AutoencoderKL(block_out_channels=(4,), norm_num_groups=2))
+
+
 def test_it_refuses_a_unet_with_an_adapter_in_its_encoder() -> None:
     network = unet(NO_MID)
     network.conv_in = torch.nn.Sequential(network.conv_in)

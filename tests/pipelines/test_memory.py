@@ -280,6 +280,14 @@ def test_too_little_for_decoding_names_the_tiny_decoder() -> None:
         plan_memory(drawn, 500 * 2**20, device="cuda")
 
 
+def test_a_budget_below_every_plan_is_said_in_its_own_unit_with_what_lowers_the_least_alone() -> None:
+    """What the process itself takes is no smaller with another decoder or picture."""
+    unet, vae = (network.to("meta") for network in (parts.unet(sample_size=8), parts.kl()))
+    drawn = Parts("StableDiffusionPipeline", (), unet, vae)
+    with pytest.raises(RecipeError, match=r"^--memory 1\.00 KiB: .*Give at least 0\.6\dGiB\.$"):
+        plan_memory(drawn, 2**10)
+
+
 def test_without_the_packages_8_bits_are_not_planned_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "has_int8", lambda: False)
     with pytest.raises(RecipeError, match=r'8-bit weights \(pip install "shoestring\[int8\]"\)'):

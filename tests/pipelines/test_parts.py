@@ -103,6 +103,10 @@ def test_a_decoder_of_other_latents_is_refused(autoencoder: Any, message: str, t
     with pytest.raises(RecipeError, match=message):
         use_tiny_decoder(pipeline, str(tmp_path / "other"))
     assert pipeline.vae is old
+    with pytest.raises(
+        RecipeError, match=r"--tiny-decoder .*gone: no autoencoder .* Give an AutoencoderTiny"
+    ):
+        use_tiny_decoder(pipeline, str(tmp_path / "gone"))
 
 
 def test_pipelines_without_an_autoencoder_to_replace_are_told(tiny: str) -> None:

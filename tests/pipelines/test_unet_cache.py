@@ -203,5 +203,15 @@ def test_what_it_refuses() -> None:
     ):
         with pytest.raises(RecipeError, match=words), deep_cache(network, **options):
             pass
+    for given, options, words in (
+        (
+            AutoencoderKL(block_out_channels=(4,), norm_num_groups=2),
+            {},
+            "class AutoencoderKL, which is no U-Net",
+        ),
+        (network, {"interval": "3"}, "interval '3': must be a whole number"),
+    ):
+        with pytest.raises(TypeError, match=words), deep_cache(given, **options):
+            pass
     with deep_cache(network), pytest.raises(RecipeError, match="is on already"), deep_cache(network):
         pass

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from shoestring.errors import RecipeError
 from shoestring.models.hub import first_line
-from shoestring.models.quiet import muted, no_bars
+from shoestring.models.quiet import cast, muted, no_bars
 from shoestring.models.sizes import check_size
 from shoestring.models.wuerstchen_autoencoder import WuerstchenAutoencoder, vq_factor
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
@@ -367,12 +367,12 @@ def _safe_type(autoencoder: nn.Module) -> Iterator[torch.dtype]:
     config: Any = autoencoder.config
     upcast = own == torch.float16 and bool(config.get("force_upcast"))
     if upcast:
-        autoencoder.to(torch.float32)
+        cast(autoencoder, torch.float32)
     try:
         yield torch.float32 if upcast else own
     finally:
         if upcast:
-            autoencoder.to(own)
+            cast(autoencoder, own)
 
 
 def _dtype(autoencoder: nn.Module) -> torch.dtype:

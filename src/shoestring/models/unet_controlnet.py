@@ -51,8 +51,13 @@ def controlnet_from_unet(
     autoencoders; one entry for a U-Net on pixels. `ControlNetModel` takes no `encoder_attention_mask`: texts
     are padded, as in Stable Diffusion.
 
-    Raises `RecipeError` for a U-Net whose encoder no `ControlNetModel` can hold.
+    Raises `RecipeError` for a U-Net whose encoder no `ControlNetModel` can hold, `TypeError` for what is no
+    `UNet2DConditionModel`.
     """
+    if not isinstance(unet, UNet2DConditionModel):
+        raise TypeError(
+            f"unet: of the class {type(unet).__name__}, not UNet2DConditionModel. Give the pipeline's unet."
+        )
     config = _fitting(unet.config)
     own = {
         "conditioning_channels": conditioning_channels,

@@ -121,8 +121,11 @@ class MemoryPlan:
 
 
 def in_gib(size: int) -> str:
-    """1610612736 -> "1.50 GiB"."""
-    return f"{size / 2**30:.2f} GiB"
+    """1610612736 -> "1.50 GiB"; what is under a tenth of one, in MiB or KiB."""
+    power, unit = next(
+        (each for each in ((30, "GiB"), (20, "MiB")) if size >= 2 ** each[0] / 10), (10, "KiB")
+    )
+    return f"{size / 2**power:.2f} {unit}"
 
 
 def plan_memory(
@@ -256,12 +259,14 @@ def _too_little(job: _Job, budget: int) -> str:
     advice = [f"Give at least {wanted / 2**30 + 0.005:.2f}GiB"]
     if name == "denoise" and not has_int8():
         advice.append('8-bit weights (pip install "shoestring[int8]")')
-    if name == "decode" and isinstance(job.parts.vae, AutoencoderKL):
+    others = max(size for stage, size in least.items() if stage != "decode")
+    lower = in_gib(others) != in_gib(wanted)  # which a smaller decoder might come to
+    if name == "decode" and isinstance(job.parts.vae, AutoencoderKL) and lower:
         advice.append("a tiny decoder (--tiny-decoder)")
     multiple = size_multiple(job.parts.vae)
     smaller = [max(multiple, side // 2 // multiple * multiple) for side in (job.height, job.width)]
     half = max(replace(job, height=smaller[0], width=smaller[1]).least().values())
-    if half < wanted:
+    if in_gib(half) != in_gib(wanted):
         advice.append(f"a smaller picture ({smaller[0]} x {smaller[1]} px takes {in_gib(half)})")
     return (
         f"--memory {in_gib(budget)}: {job.height} x {job.width} px on {job.device} takes {in_gib(wanted)} at "

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from shoestring.data.store import split_revision
-from shoestring.errors import RecipeError
+from shoestring.errors import RecipeError, UserError
 from shoestring.models.autoencoders import (
     LatentScaling,
     as_scaling,
@@ -17,6 +17,7 @@ from shoestring.models.autoencoders import (
     load_autoencoder,
     spatial_factor,
 )
+from shoestring.models.quiet import cast
 from shoestring.pipelines.microdit import MicroDiTPipeline
 from shoestring.sampling.schedulers import make_noise_scheduler, make_scheduler
 
@@ -62,7 +63,14 @@ def use_tiny_decoder(pipeline: DiffusionPipeline, path_or_id: str) -> None:
             "trained on. Leave it out."
         )
     place, revision = split_revision(path_or_id)
-    tiny = load_autoencoder(place, revision=revision)
+    try:
+        tiny = load_autoencoder(place, revision=revision)
+    except UserError as error:  # whose advice is for autoencoders of any kind
+        problem = str(error).removeprefix(f"autoencoder {place}: ").partition(" Give ")[0]
+        raise RecipeError(
+            f"--tiny-decoder {path_or_id}: {problem} Give an AutoencoderTiny, its folder or its hub id, such "
+            "as madebyollin/taesdxl for SDXL."
+        ) from error
     if not isinstance(tiny, AutoencoderTiny):
         raise RecipeError(
             f"--tiny-decoder {path_or_id}: is of class {type(tiny).__name__}, not AutoencoderTiny. "
@@ -76,7 +84,7 @@ def use_tiny_decoder(pipeline: DiffusionPipeline, path_or_id: str) -> None:
             f"pipeline's latents have {wanted} at 1/{cell}. Give the tiny autoencoder of its family."
         )
     _rescale(pipeline, as_scaling(old))
-    pipeline.register_modules(vae=tiny.to(old.device, old.dtype))
+    pipeline.register_modules(vae=cast(tiny, old.device, old.dtype))
 
 
 def _rescale(pipeline: DiffusionPipeline, scaling: LatentScaling) -> None:

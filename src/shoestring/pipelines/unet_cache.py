@@ -38,8 +38,16 @@ def deep_cache(unet: UNet2DConditionModel, *, interval: int = 3, outer: int = 1)
     so two-stage solvers, which call twice at a timestep, skip nothing there. On a GPU, reading the timestep
     waits for the device once a step.
 
-    Raises `RecipeError` for numbers out of range, and within another `deep_cache` of the same network.
+    Raises `RecipeError` for numbers out of range, and within another `deep_cache` of the same network;
+    `TypeError` for a network that is no U-Net, and for `interval` and `outer` that are no whole numbers.
     """
+    if not all(hasattr(unet, part) for part in ("down_blocks", "mid_block", "up_blocks")):
+        raise TypeError(
+            f"unet: of the class {type(unet).__name__}, which is no U-Net. Give the pipeline's unet."
+        )
+    for name, value in (("interval", interval), ("outer", outer)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} {value!r}: must be a whole number, such as {name}=1.")
     stages = len(unet.down_blocks)
     if interval < 1:
         raise RecipeError(f"interval {interval}: must be 1 or more, such as 3.")
