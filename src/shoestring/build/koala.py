@@ -285,10 +285,13 @@ class StudentSystem(_UNets[StudentModel]):
         return unet
 
     def begin(self, networks: Networks) -> None:
-        if self.recipe.init:  # a student of another run, plain where this one gets an adapter or an embedding
-            copy_weights(networks["unet"], read_part(self.recipe.init, "unet"), StudentSpec(), self.config)
+        unet, init, teacher = networks["unet"], self.recipe.init, self.teacher
+        if init:  # a student of another run, plain where this one gets an adapter or an embedding
+            weights = read_part(init, "unet")
+            copy_weights(unet, weights, StudentSpec(), self.config, name=f"init {init}")
         else:
-            copy_weights(networks["unet"], self.teacher.tensors, self.spec, self.teacher.config)
+            named = f"teacher {self.recipe.teacher}"
+            copy_weights(unet, teacher.tensors, self.spec, teacher.config, name=named)
 
     def parts(self, networks: Networks) -> list[Part]:
         recipe, unet = self.recipe, networks["unet"]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shoestring.errors import RecipeError
-from shoestring.models.hub import first_line
+from shoestring.models.hub import CLIENT, first_line
 from shoestring.models.quiet import cast, muted, no_bars
 from shoestring.models.sizes import check_size
 from shoestring.models.wuerstchen_autoencoder import WuerstchenAutoencoder, vq_factor
@@ -325,7 +325,7 @@ def _has_more(path_or_id: str, revision: str | None) -> bool:
 
 def _class_at(path_or_id: str, subfolder: str | None, revision: str | None) -> str:
     """The class that a `config.json` names; raises OSError, ValueError or KeyError where there is none."""
-    with no_bars():
+    with no_bars(), muted(CLIENT):
         config = _AnyConfig.load_config(path_or_id, subfolder=subfolder, revision=revision)
     return str(config["_class_name"])
 

@@ -13,7 +13,7 @@ from shoestring.errors import CheckpointError
 from shoestring.models.quiet import muted
 
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_CLIENT = "huggingface_hub.utils._http"
+CLIENT = "huggingface_hub.utils._http"
 """Which logs every attempt to reach the hub."""
 
 
@@ -67,7 +67,7 @@ def _asking(name: str) -> Iterator[None]:
     if Path(name).is_file() or not _ID.fullmatch(name):
         raise _unreadable(name, "not of the form OWNER/NAME")
     try:
-        with muted(_CLIENT):
+        with muted(CLIENT):
             yield
     except Exception as error:
         raise _unreadable(name, first_line(error)) from error
