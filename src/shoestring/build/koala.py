@@ -24,7 +24,7 @@ from shoestring.distill.taps import tap_pairs
 from shoestring.evaluation.networks import network_rows
 from shoestring.evaluation.run import held_out_loss
 from shoestring.interfaces import MetricRow
-from shoestring.models.network_files import INDEX, find_network, read_config
+from shoestring.models.network_files import INDEX, find_network, index_parts, read_config
 from shoestring.models.unet_guidance import with_guidance_embedding
 from shoestring.models.unet_lora_training import add_lora, lora_state, merged
 from shoestring.models.unet_students import StudentSpec, copy_weights, student_config
@@ -34,7 +34,7 @@ from shoestring.models.unet_teachers import (
     load_unet,
     open_teacher,
 )
-from shoestring.objectives.noise import Conditioning, NoiseObjective, NoiseSchedule
+from shoestring.objectives.noise import TIME_IDS, Conditioning, NoiseObjective, NoiseSchedule
 from shoestring.pipelines.defaults import attach_sampling, sampling_of
 from shoestring.pipelines.load import load
 from shoestring.pipelines.unet import make_unet_pipeline
@@ -46,7 +46,6 @@ from shoestring.runtime import pick_dtype
 from shoestring.sampling.schedulers import make_noise_scheduler
 from shoestring.storage import RunFolder, atomic_path
 
-TIME_IDS = 6
 ADAPTER = "lora"
 """Folder of a run that holds the adapter alone, where one is trained."""
 
@@ -341,11 +340,7 @@ class StudentSystem(_UNets[StudentModel]):
         pipeline: Any = self.pipeline({"unet": self._plain_teacher})
         if not self._around_teacher:
             return pipeline
-        parts = [
-            name
-            for name, value in self._around_teacher.items()
-            if name != "scheduler" and isinstance(value, list) and isinstance(value[0], str)
-        ]
+        parts = [name for name in index_parts(self._around_teacher) if name != "scheduler"]
         own: Any = load(str(self.recipe.teacher), **dict.fromkeys(parts))  # without its networks
         pipeline.register_modules(scheduler=own.scheduler)
         attach_sampling(pipeline, sampling_of(own))

@@ -227,10 +227,8 @@ def copy_renamed(
     or one is of another shape or not finite.
     """
     _check_names(tensors, teacher, name)
-    for each, target in targets.items():
-        _copy(
-            target, tensors[names[each]], f"{name}: its {names[each]}"
-        )  # in a call, whose end lets go of the tensor
+    for each, target in targets.items():  # a call for each, whose end lets go of the tensor
+        _copy(target, tensors[names[each]], f"{name}: its {names[each]}")
 
 
 class _Places:
