@@ -85,6 +85,7 @@ class Comparison:
             f"name=taps-{cut}-{learned.replace('_', '-')}-{self.images}-seed{seed}",
             f"seed={seed}",
             "train.preview_every=null",
+            *(() if self.tiny else ("evaluation.loss_images=256",)),
             f"stages.features.teacher={json.dumps(str(self.teacher))}",
             f"stages.features.model.mid={CUTS[cut]}",
             f"stages.features.phases={json.dumps(phases)}",
