@@ -244,7 +244,7 @@ def test_a_prompt_too_long_for_a_stock_pipeline_is_warned_of_once(stock: Path, c
         ),
         (("--scheduler", "pndm"), "scheduler 'pndm': unknown. Use euler, ddim, dpm++, lcm, tcd."),
         (("--tiny-decoder", "student"), "--tiny-decoder student: is of class AutoencoderKL, not"),
-        (("--tiny-decoder", "./none"), "autoencoder ./none: no autoencoder there"),
+        (("--tiny-decoder", "./none"), "--tiny-decoder ./none: no autoencoder there"),
         (("--scheduler", "lcm", "--steps", 60), "--steps 60: LCMScheduler has the 50 times"),
         (("--scheduler", "tcd", "--steps", 60, "--memory", "2GiB"), "--steps 60: TCDScheduler has the 50 t"),
     ],
@@ -308,7 +308,7 @@ def test_a_budget_goes_with_another_scheduler_and_a_tiny_decoder(stock: Path, co
     ("memory", "message"),
     [
         ("4G", "--memory 4G: must be a number with KiB, MiB, GiB, TiB, MB or GB, such as 4GiB."),
-        ("100MiB", "--memory 0.10 GiB: 16 x 16 px on cpu takes 0.63 GiB at the least"),
+        ("100MiB", "--memory 100.00 MiB: 16 x 16 px on cpu takes 0.63 GiB at the least"),
     ],
 )
 def test_a_budget_that_cannot_be_kept_is_one_line(
