@@ -23,6 +23,7 @@ from parts.faults_jobs import RECIPE, make_pictures
 from parts.faults_mistakes import Content, Mistake
 from parts.faults_processes import Ended, Server
 
+from shoestring.data.chunks import WORK
 from shoestring.recipes.load import builtin_names, dump, load_stages
 
 LONG = 60.0  # seconds
@@ -123,7 +124,7 @@ _READ: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("store/chunks/*", ("store info store", "store verify store")),
     ("half/begun.json", ("encode pictures --out half --size 16 --chunk-rows 5",)),
     ("half/chunks/*", ("encode pictures --out half --size 16 --chunk-rows 5",)),
-    ("half/work/*", ("encode pictures --out half --size 16 --chunk-rows 5",)),
+    (f"half/{WORK}/*", ("encode pictures --out half --size 16 --chunk-rows 5",)),
     (
         "pictures/*",
         (

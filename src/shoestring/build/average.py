@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from shoestring.errors import CheckpointError
 from shoestring.models.hub import fetch_folder
+from shoestring.models.network_files import INDEX
 from shoestring.models.wuerstchen_vqgan import PaellaVQModel
 from shoestring.storage import atomic_path, exported, read_json
-
-INDEX = "model_index.json"
 
 LATENTS = ("latents_of", "latents_mean", "latents_std", "decoder_latents_of")
 """Settings of a pipeline by which its networks mean other latents by the same numbers."""

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from shoestring.models.network_files import INDEX
 from shoestring.models.quiet import no_bars
 from shoestring.pipelines.defaults import write_sampling
 from shoestring.storage import atomic_path
-
-INDEX = "model_index.json"
 
 
 def export(pipeline: DiffusionPipeline, folder: Path, changing: Sequence[str] = ()) -> None:
